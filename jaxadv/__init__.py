@@ -1,0 +1,29 @@
+"""Adversarial attacks on medical image models, and defences against them, in JAX.
+
+An attack is a pure function `attack(key, predict, x, y) -> AttackResult`; `predict` maps
+images `(B, ..., C)` in [0, 1] to logits, or to `(logits, features)`.
+
+    attack = jaxadv.attacks.pgd(4 / 255, step_size=1 / 255, num_steps=20)
+    result = jax.jit(lambda key, x, y: attack(key, predict, x, y))(key, x, y)
+"""
+
+from jaxadv import attacks, combine, losses, targets, threats, transforms
+from jaxadv.engine import Attack, gradient_attack
+from jaxadv.types import AttackResult, Objective, Sample, Threat
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "Attack",
+  "AttackResult",
+  "Objective",
+  "Sample",
+  "Threat",
+  "attacks",
+  "combine",
+  "gradient_attack",
+  "losses",
+  "targets",
+  "threats",
+  "transforms",
+]

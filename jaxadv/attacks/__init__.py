@@ -1,0 +1,30 @@
+"""Named attacks: aliases of their parts, each an `attack(key, predict, x, y)`."""
+
+from jaxadv.attacks.iterative import apgd, fgsm, mi_fgsm, pgd
+from jaxadv.attacks.segmentation import (
+  asma,
+  asma_calibrated,
+  cos_pgd,
+  mafl,
+  mafl_linf,
+  mafl_literal,
+  msa,
+  msa_literal,
+  seg_pgd,
+)
+
+__all__ = [
+  "apgd",
+  "asma",
+  "asma_calibrated",
+  "cos_pgd",
+  "fgsm",
+  "mafl",
+  "mafl_linf",
+  "mafl_literal",
+  "mi_fgsm",
+  "msa",
+  "msa_literal",
+  "pgd",
+  "seg_pgd",
+]

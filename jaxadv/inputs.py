@@ -1,0 +1,152 @@
+"""Refuses bad input before the first step, and says what to write instead.
+
+Shapes and dtypes are checked always; values (range of the images, classes of the labels)
+only where they are concrete, that is outside `jit`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+  "check_batch",
+  "check_feature",
+  "check_labels",
+  "check_num_steps",
+  "check_positive",
+]
+
+
+def check_positive(name: str, value: Any) -> None:
+  """Raises `ValueError` when a concrete `value` is negative or not a number.
+
+  Example:
+    >>> check_positive("eps", -1.0)
+    Traceback (most recent call last):
+    ...
+    ValueError: `eps` is -1.0; it must be a number >= 0.
+  """
+  if not _is_concrete(value):
+    return
+  values = np.asarray(value, float)
+  if not np.all(values >= 0):
+    raise ValueError(f"`{name}` is {value}; it must be a number >= 0.")
+
+
+def check_num_steps(num_steps: Any) -> None:
+  """Raises unless `num_steps` is a Python int of at least 1.
+
+  Example:
+    >>> check_num_steps(0)
+    Traceback (most recent call last):
+    ...
+    ValueError: `num_steps` is 0; an attack needs at least 1 step.
+  """
+  if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer):
+    raise TypeError(
+      f"`num_steps` is {num_steps!r}; the loop is compiled for a fixed Python int."
+    )
+  if num_steps < 1:
+    raise ValueError(f"`num_steps` is {num_steps}; an attack needs at least 1 step.")
+
+
+def check_batch(x: Any, y: Any, bounds: tuple[Any, Any] | None) -> None:
+  """Raises unless `x` is a float batch inside `bounds` and `y` labels each image.
+
+  Args:
+    x: `(B, ..., C)` float32 or float64.
+    y: an array `(B, ...)` or a mapping with `"label"`; every leaf has leading axis B.
+    bounds: the valid range, or `None`.
+
+  Raises:
+    TypeError: for a dtype that is not float32 or float64, and for a missing label.
+    ValueError: for a rank below 2, an empty batch, other leading axes, and values
+      outside the bounds or not finite.
+  """
+  dtype = getattr(x, "dtype", None)
+  if dtype not in (jnp.float32, jnp.float64):
+    raise TypeError(
+      f"`x` has dtype {dtype or type(x).__name__}; attacks need float32 images inside "
+      "the bounds. Write x.astype(jnp.float32) / 255 for 8-bit images, and let "
+      "`predict` cast for a half-precision model."
+    )
+  if x.ndim < 2 or x.shape[0] == 0:
+    raise ValueError(
+      f"`x` has shape {x.shape}; attacks need a non-empty batch (B, ..., C). "
+      "Write x[None] for a single image."
+    )
+  _check_leading_axis(y, x.shape[0])
+  if bounds is not None and all(map(_is_concrete, (x, *bounds))):
+    _check_range(np.asarray(x), *bounds)
+
+
+def check_labels(label: Any, logits: Any, valid: Any = None) -> None:
+  """Raises when labels do not fit the logits of the model.
+
+  Args:
+    label: `(B,)`, `(B, H, W)` int, or `(B, L)` for label sets.
+    logits: array or shape of the model's output for the same batch.
+    valid: optional bool array like `label`: pixels that are not valid may hold anything.
+
+  Raises:
+    ValueError: for shapes that do not match and for a label outside the classes.
+  """
+  if label.shape not in (logits.shape, logits.shape[:-1]):
+    raise ValueError(
+      f"labels have shape {label.shape} and logits {logits.shape}; labels must be "
+      f"{logits.shape[:-1]} (classes, masks) or {logits.shape} (label sets)."
+    )
+  if not _is_concrete(label):
+    return
+  classes = 2 if label.shape == logits.shape else logits.shape[-1]
+  values = np.asarray(label)
+  values = values if valid is None else values[np.asarray(valid)]
+  wrong = values[(values < 0) | (values >= classes)]
+  if wrong.size:
+    raise ValueError(
+      f"label {wrong.flat[0]} is outside the model's classes 0..{classes - 1}; mark "
+      'pixels to ignore in y["mask"] (False there).'
+    )
+
+
+def check_feature(name: str, features: Any) -> None:
+  """Raises `ValueError` unless the model returns a feature called `name`."""
+  if name not in features:
+    known = ", ".join(sorted(features)) or "none: predict returns logits only"
+    raise ValueError(f"the model has no feature {name!r}; it has {known}.")
+
+
+def _check_leading_axis(y, batch):
+  if y is None or (isinstance(y, dict) and "label" not in y):
+    raise TypeError('`y` holds no labels; write labels, or {"label": labels, ...}.')
+  for path, leaf in jax.tree_util.tree_leaves_with_path(y):
+    if jnp.ndim(leaf) < 1 or leaf.shape[0] != batch:
+      name = "y" + jax.tree_util.keystr(path)
+      raise ValueError(
+        f"`{name}` has shape {jnp.shape(leaf)} but `x` holds {batch} images; write one "
+        "entry per image."
+      )
+  label = y["label"] if isinstance(y, dict) else y
+  if not (jnp.issubdtype(label.dtype, jnp.integer) or label.dtype == bool):
+    raise TypeError(
+      f"labels have dtype {label.dtype}; write integer class indices, one per image or "
+      "pixel."
+    )
+
+
+def _check_range(x, low, high):
+  if not np.isfinite(x).all():
+    raise ValueError("`x` holds values that are not finite; mend the images first.")
+  # a rounding of the caller's own scaling is not an error
+  slack = 1e-6 * (np.asarray(high) - np.asarray(low))
+  if (x < low - slack).any() or (x > high + slack).any():
+    raise ValueError(
+      f"`x` spans [{x.min():g}, {x.max():g}], outside the bounds [{low}, {high}]. Divide "
+      "8-bit images by 255, and keep mean/std normalisation inside `predict`."
+    )
+
+
+def _is_concrete(value):
+  return not any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(value))

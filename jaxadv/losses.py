@@ -1,0 +1,424 @@
+"""Losses of ONE example, raised by an attack: `Sample -> scalar`.
+
+Classes `(K,)`, masks and volumes `(..., K)` and label sets `(L,)` go through the same
+functions. Losses are means over the valid pixels of the example (sums where a published
+formula says so), never over the batch. Logits are cast to the default float first, so a
+half-precision model is attacked in single precision. Sums are plain Python:
+
+    lambda s: losses.cross_entropy(s) + 0.1 * losses.feature_cosine("pooled")(s)
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxadv import filters, inputs, masks
+from jaxadv.types import LossFn, Sample, valid_pixels
+
+__all__ = [
+  "binary_cross_entropy",
+  "cap",
+  "cos_pgd",
+  "cross_entropy",
+  "dlr",
+  "dlr_targeted",
+  "feature_cosine",
+  "feature_distance",
+  "feature_similarity",
+  "jensen_shannon",
+  "kl_to_target",
+  "low_frequency_energy",
+  "margin",
+  "mask_hinge",
+  "mask_logits",
+  "mask_margin",
+  "masked_cross_entropy",
+  "negate",
+  "seg_pgd",
+  "squared_l2",
+  "until_fooled",
+]
+
+
+def cross_entropy(sample: Sample) -> jax.Array:
+  """Mean cross-entropy `-log p_y`. Logits `(..., K)`, labels `(...)`.
+
+  Example:
+    >>> loss = cross_entropy(_example([0.0, 0.0], 1))
+    >>> round(float(loss), 4)
+    0.6931
+  """
+  return _mean(_cross_entropies(sample), sample)
+
+
+def masked_cross_entropy(sample: Sample) -> jax.Array:
+  """Cross-entropy of the pixels still decided as labelled: `1[argmax = y] CE`.
+
+  The masked loss of SEA (Croce et al., arXiv 2306.12941); 0 once every pixel is wrong.
+  """
+  return _mean(_cross_entropies(sample) * ~_wrong(sample), sample)
+
+
+def binary_cross_entropy(sample: Sample) -> jax.Array:
+  """Mean over labels of `-log sigmoid((2y - 1) z)`. Logits and labels `(L,)`."""
+  return _mean(
+    optax.sigmoid_binary_cross_entropy(_logits(sample), sample.target["label"]), sample
+  )
+
+
+def jensen_shannon(sample: Sample) -> jax.Array:
+  """Mean Jensen-Shannon divergence of prediction and label; bounded by `log 2`.
+
+  `KL(p || m) / 2 + KL(e_y || m) / 2` with `m = (p + e_y) / 2` (SEA, arXiv 2306.12941).
+
+  Example:
+    >>> round(float(jensen_shannon(_example([1.0, 0.0], 1))), 6)
+    0.365432
+  """
+  p = jax.nn.softmax(_logits(sample))
+  truth = _one_hot(sample).astype(p.dtype)
+  middle = (p + truth) / 2
+  # rel_entr is 0 at 0, where the logarithm is not finite
+  terms = jax.scipy.special.rel_entr(p, middle) - truth * jnp.log(
+    jnp.where(truth > 0, middle, 1)
+  )
+  return _mean(terms.sum(-1) / 2, sample)
+
+
+def margin(sample: Sample) -> jax.Array:
+  """Mean of `max_{k != y} z_k - z_y`; positive where the decision is not the label.
+
+  Example:
+    >>> margin(_example([3.0, 1.0, 0.5], 0)).item()
+    -2.0
+  """
+  return _mean(-_margins(sample), sample)
+
+
+def dlr(sample: Sample) -> jax.Array:
+  """Difference of logits ratio: a margin that rescaling the logits cannot change.
+
+  `-(z_y - max_{k != y} z_k) / (z_(1) - z_(3) + 1e-12)` with `z_(i)` the i-th largest.
+  Two classes have no third logit, and the ratio would be +-1 with zero gradient: the
+  margin is then divided by its mean size on the clean image, `mean |z_1 - z_0|`, read
+  from `target["logits"]` (prepare with `targets.clean_logits`).
+
+  Raises:
+    ValueError: for two classes without clean logits.
+
+  Example:
+    >>> round(dlr(_example([3.0, 1.0, 0.5, -2.0], 0)).item(), 4)
+    -0.8
+
+  Differs from AutoAttack, which fails below three classes.
+
+  Reference: Croce and Hein, ICML 2020, arXiv 2003.01690.
+  """
+  z = _logits(sample)
+  if z.shape[-1] > 2:
+    ordered = jnp.sort(z, -1)
+    return _mean(
+      -_margins(sample) / (ordered[..., -1] - ordered[..., -3] + 1e-12), sample
+    )
+  if "logits" not in sample.target:
+    raise ValueError(
+      "dlr needs 3 classes, got 2; for 2 the margin is scaled by the clean logits. "
+      "Write Objective(..., prepare=targets.clean_logits)."
+    )
+  clean = sample.target["logits"]
+  size = _mean(jnp.abs(clean[..., 1] - clean[..., 0]), sample)
+  return -_mean(_margins(sample), sample) / (size + 1e-12)
+
+
+def dlr_targeted(sample: Sample) -> jax.Array:
+  """Targeted difference of logits ratio, raised towards the label.
+
+  `-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)`, with `t` the label the attacker
+  wants and `y` the clean decision, read from `target["logits"]`.
+
+  Raises:
+    ValueError: below four classes; use `negate(dlr)` there.
+
+  Reference: Croce and Hein, ICML 2020, arXiv 2003.01690.
+  """
+  z = _logits(sample)
+  if z.shape[-1] < 4:
+    raise ValueError(
+      f"dlr_targeted needs 4 classes, got {z.shape[-1]}; use negate(dlr) instead."
+    )
+  ordered = jnp.sort(z, -1)
+  source = jnp.argmax(sample.target["logits"], -1)
+  gap = _pick(z, source) - _pick(z, sample.target["label"])
+  scale = ordered[..., -1] - (ordered[..., -3] + ordered[..., -4]) / 2
+  return _mean(-gap / (scale + 1e-12), sample)
+
+
+def kl_to_target(sample: Sample) -> jax.Array:
+  """Mean `KL(q || p)` from the distribution `q = softmax(target["logits"])`.
+
+  With `targets.clean_logits` it is the inner loss of TRADES (arXiv 1901.08573).
+  """
+  q = jax.nn.softmax(sample.target["logits"].astype(jnp.result_type(float)))
+  log_p = jax.nn.log_softmax(_logits(sample))
+  return _mean((jax.scipy.special.xlogy(q, q) - q * log_p).sum(-1), sample)
+
+
+def seg_pgd(sample: Sample, *, targeted: bool = False) -> jax.Array:
+  """SegPGD: cross-entropy that shifts from correct to wrong pixels as steps pass.
+
+  `(1 - l) mean_{correct} CE + l mean_{wrong} CE` with `l = t / (2T)`, both means over all
+  pixels. Targeted: pixels already at the target weigh `l`, the others `1 - l`; negate it.
+
+  Reference: Gu et al., ECCV 2022, arXiv 2207.12391; as in the CosPGD paper and code.
+  """
+  late = sample.progress / 2
+  wrong = _wrong(sample)
+  weight = jnp.where(wrong != targeted, late, 1 - late)
+  return _mean(weight * _cross_entropies(sample), sample)
+
+
+def cos_pgd(sample: Sample, *, targeted: bool = False) -> jax.Array:
+  """CosPGD: cross-entropy weighted by the alignment of prediction and label.
+
+  `mean w CE`, `w = cos(softmax z, e_y)` untargeted, `1 - w` targeted (negate it).
+
+  Differs from the printed equation, which differentiates `w` too; like the released
+  code, the weight is detached.
+
+  Reference: Agnihotri et al., ICML 2024, arXiv 2302.02213.
+  """
+  p = jax.nn.softmax(_logits(sample))
+  cosine = _pick(p, sample.target["label"]) / jnp.sqrt(jnp.square(p).sum(-1))
+  weight = jax.lax.stop_gradient(1 - cosine if targeted else cosine)
+  return _mean(weight * _cross_entropies(sample), sample)
+
+
+def mask_logits(sample: Sample) -> jax.Array:
+  """ASMA's attack term: `sum z_{i, y_i}` over the pixels not yet at their target.
+
+  A sum, not a mean, of raw logits; the active set is a constant of the gradient.
+
+  Reference: Ozbulak et al., MICCAI 2019, arXiv 1907.13124.
+  """
+  wanted = _pick(_logits(sample), sample.target["label"])
+  return jnp.where(_wrong(sample) & valid_pixels(sample), wanted, 0).sum()
+
+
+def mask_margin(sample: Sample) -> jax.Array:
+  """`sum z_{i, y_i} - max_{c != y_i} z_{i, c}` over the pixels not yet at their target."""
+  wrong = _wrong(sample) & valid_pixels(sample)
+  return jnp.where(wrong, _margins(sample), 0).sum()
+
+
+def mask_hinge(kappa: float = 0.5, *, trim: float = 0.03) -> LossFn:
+  """Minus the mean hinge `kappa - margin` over the pixels with a margin below `kappa`.
+
+  The hardest `floor(trim * |target foreground|)` pixels are left out: a target IoU of
+  0.95 leaves about 5 % of the foreground free, and the hardest pixels cost the most.
+
+  Args:
+    kappa: margin to reach, in logits.
+    trim: share of the target's foreground (classes > 0) to leave out, in [0, 1).
+
+  Returns:
+    A loss.
+  """
+
+  def loss(sample):
+    margins = _margins(sample)
+    active = (margins < kappa) & valid_pixels(sample)
+    if trim:
+      foreground = (sample.target["label"] > 0) & valid_pixels(sample)
+      free = jnp.floor(trim * foreground.sum()).astype(int)
+      ordered = jnp.sort(jnp.where(active, margins, jnp.inf).ravel())
+      active &= margins >= jax.lax.stop_gradient(ordered)[free]
+    return -jnp.where(active, kappa - margins, 0).sum() / jnp.maximum(active.sum(), 1)
+
+  return loss
+
+
+def feature_distance(name: str) -> LossFn:
+  """Mean square distance of a feature to `target["features"][name]`.
+
+  Raises:
+    ValueError: when the loss is called and the model has no such feature.
+  """
+
+  def loss(sample):
+    feature, guide = _feature_pair(sample, name, "features")
+    return jnp.square(feature - guide).mean()
+
+  return loss
+
+
+def feature_cosine(name: str, *, reference: str = "features") -> LossFn:
+  """Cosine of a feature, averaged over space, with that of a reference image.
+
+  Args:
+    name: feature of the model; `(..., C)` is averaged to `(C,)` first.
+    reference: entry of the target that holds the reference features: `"features"` for
+      the guide image, `"clean_features"` for the clean one.
+
+  Returns:
+    A loss in [-1, 1].
+  """
+
+  def loss(sample):
+    feature, guide = _feature_pair(sample, name, reference)
+    return _cosine(_pool(feature), _pool(guide))
+
+  return loss
+
+
+def feature_similarity(
+  name: str, kind: Literal["ssah", "src", "tgt", "pair"] = "ssah", *, slack: float = 0.2
+) -> LossFn:
+  """How much an image still looks like its source and not like its target, in features.
+
+  With cosines `s` to the clean and `t` to the target image: `src = s`, `tgt = -t`,
+  `pair = s - t`, and `ssah = max(0, w_s s - w_t t)` with detached self-paced weights
+  `w_s = max(0, s - slack)`, `w_t = max(0, 1 + slack - t)`. Attacks lower it.
+
+  Args:
+    name: feature of the model.
+    kind: which of the four.
+    slack: the margin m of SSAH.
+
+  Returns:
+    A loss.
+
+  Reference: SSAH, Luo et al., CVPR 2022, arXiv 2203.05151.
+  """
+  source = feature_cosine(name, reference="clean_features")
+  target = feature_cosine(name)
+
+  def ssah(sample):
+    s, t = source(sample), target(sample)
+    away = jax.lax.stop_gradient(jnp.maximum(0, s - slack))
+    towards = jax.lax.stop_gradient(jnp.maximum(0, 1 + slack - t))
+    return jnp.maximum(0, away * s - towards * t)
+
+  kinds: dict[str, LossFn] = {
+    "ssah": ssah,
+    "src": source,
+    "tgt": negate(target),
+    "pair": lambda sample: source(sample) - target(sample),
+  }
+  if kind not in kinds:
+    raise ValueError(f"`kind` is {kind!r}; write one of {', '.join(kinds)}.")
+  return kinds[kind]
+
+
+def low_frequency_energy(band: Callable[[jax.Array], jax.Array]) -> LossFn:
+  """`||P d||_2^2` of the change `d = image - clean`, for an orthogonal projector `P`.
+
+  Its gradient is `2 P d`, taken analytically: one filter per step instead of two.
+
+  Args:
+    band: the projector, for instance `functools.partial(filters.low_pass, cutoff=0.25)`
+      or `filters.haar_low_pass`.
+
+  Returns:
+    A loss, >= 0.
+  """
+
+  @jax.custom_vjp
+  def energy(delta):
+    return jnp.square(band(delta)).sum()
+
+  def forward(delta):
+    low = band(delta)
+    return jnp.square(low).sum(), low
+
+  energy.defvjp(forward, lambda low, g: (2 * g * low,))
+  return lambda sample: energy(sample.image - sample.clean)
+
+
+def squared_l2(sample: Sample) -> jax.Array:
+  """`||image - clean||_2^2` over the whole image."""
+  return jnp.square(sample.image - sample.clean).sum()
+
+
+def negate(loss: LossFn) -> LossFn:
+  """Minus the loss: raise it to lower the loss, for targeted attacks."""
+  return lambda sample: -loss(sample)
+
+
+def cap(loss: LossFn, beta: float) -> LossFn:
+  """`min(loss, beta)`: no gradient from an example that is lost already."""
+  return lambda sample: jnp.minimum(loss(sample), beta)
+
+
+def until_fooled(loss: LossFn) -> LossFn:
+  """The loss of examples whose decision is still the label; 0 for the others."""
+  return lambda sample: jnp.where(_wrong(sample).any(), 0.0, loss(sample))
+
+
+def _logits(sample):
+  return sample.logits.astype(jnp.result_type(float))
+
+
+def _one_hot(sample):
+  classes = jnp.arange(sample.logits.shape[-1])
+  label = jnp.asarray(sample.target["label"])
+  return label[..., None] == classes.reshape((1,) * label.ndim + (-1,))
+
+
+def _pick(z, index):
+  """`z[..., index]` without a gather, whose gradient would be a slow scatter on CPU."""
+  index = jnp.asarray(index)
+  classes = jnp.arange(z.shape[-1]).reshape((1,) * index.ndim + (-1,))
+  return jnp.where(index[..., None] == classes, z, 0).sum(-1)
+
+
+def _margins(sample):
+  z = _logits(sample)
+  other = jnp.where(_one_hot(sample), -jnp.inf, z).max(-1)
+  return _pick(z, sample.target["label"]) - other
+
+
+def _cross_entropies(sample):
+  z = _logits(sample)
+  return jax.nn.logsumexp(z, -1) - _pick(z, sample.target["label"])
+
+
+def _wrong(sample):
+  label = sample.target["label"]
+  return masks.decision(sample.logits, label) != label
+
+
+def _mean(values, sample):
+  valid = valid_pixels(sample)
+  return jnp.where(valid, values, 0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def _feature_pair(sample, name, reference):
+  inputs.check_feature(name, sample.features)
+  if reference not in sample.target:
+    raise ValueError(
+      f"the target has no {reference!r}; prepare it with targets.guide_features and "
+      'y={"label": ..., "image": target_image}.'
+    )
+  dtype = jnp.result_type(float)
+  guide = sample.target[reference][name]
+  return sample.features[name].astype(dtype), guide.astype(dtype)
+
+
+def _pool(feature):
+  return feature.mean(tuple(range(feature.ndim - 1)))
+
+
+def _cosine(a, b):
+  tiny = jnp.finfo(a.dtype).tiny
+  squares = jnp.square(a).sum() * jnp.square(b).sum()
+  return (a * b).sum() / jnp.sqrt(jnp.maximum(squares, tiny))
+
+
+def _example(logits, label):
+  """A sample with nothing but logits and a label, for the examples above."""
+  empty = jnp.zeros(())
+  target = {"label": jnp.asarray(label)}
+  return Sample(empty, empty, empty, jnp.asarray(logits), {}, target, empty)

@@ -1,0 +1,150 @@
+"""Targets: computed once per call, for the batch, before the loop.
+
+Every function here is a `prepare` of an `Objective`: `(predict, x, y) -> target`, where
+`y` is an array of labels or a mapping that holds them under `"label"`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadv import inputs
+from jaxadv.types import Images, Predict, PrepareFn, call, labels
+
+__all__ = [
+  "clean_logits",
+  "constant",
+  "guide_features",
+  "least_likely",
+  "predictions",
+  "prototypes",
+]
+
+
+def predictions(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
+  """The model's own clean decision as label; the truth in `y` is not read.
+
+  Example:
+    >>> predictions(lambda x: x, jnp.array([[0.1, 0.9]]), None)["label"].tolist()
+    [1]
+  """
+  del y
+  return {"label": jnp.argmax(call(predict, x)[0], -1)}
+
+
+def least_likely(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
+  """The class with the smallest clean logit, per image or per pixel.
+
+  Example:
+    >>> least_likely(lambda x: x, jnp.array([[0.1, 0.9]]), None)["label"].tolist()
+    [0]
+  """
+  del y
+  return {"label": jnp.argmin(call(predict, x)[0], -1)}
+
+
+def constant(k: int) -> PrepareFn:
+  """Class `k` for every image and pixel.
+
+  Example:
+    >>> constant(1)(lambda x: x, jnp.zeros((3, 2)), None)["label"].tolist()
+    [1, 1, 1]
+  """
+
+  def prepare(predict, x, y):
+    del y
+    logits = jax.eval_shape(lambda image: call(predict, image)[0], x)
+    inputs.check_labels(np.full(logits.shape[:-1], k), logits)
+    return {"label": jnp.full(logits.shape[:-1], k)}
+
+  return prepare
+
+
+def clean_logits(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
+  """The labels as given, and the clean logits under `"logits"`.
+
+  Example:
+    >>> clean_logits(lambda x: 2 * x, jnp.ones((1, 2)), jnp.array([0]))["logits"].tolist()
+    [[2.0, 2.0]]
+  """
+  return labels(predict, x, y) | {"logits": call(predict, x)[0]}
+
+
+def guide_features(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
+  """Features of the clean image, and of the target image `y["image"]` where given.
+
+  Returns:
+    The entries of `y` but the image, `"clean_features"`, and `"features"` when there is
+    a target image.
+
+  Raises:
+    ValueError: when `predict` returns no features.
+  """
+  target = labels(predict, x, y)
+  image = target.pop("image", None)
+  target["clean_features"] = _features(predict, x)
+  if image is not None:
+    target["features"] = _features(predict, image)
+  return target
+
+
+def prototypes(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
+  """Guide features for an arbitrary mask, built from the clean image itself.
+
+  For each feature the prototype `c_k` of class k is its mean over the cells the model
+  gives to k, and the guide is `sum_k pool(1[y = k]) c_k`, where `pool` is area averaging
+  to the size of the feature.
+
+  Returns:
+    `"label"` (and `"mask"`), `"clean_features"` and `"features"`.
+  """
+  target = labels(predict, x, y)
+  target.pop("image", None)
+  logits, features = call(predict, x)
+  _require(features)
+  classes = logits.shape[-1]
+  owned = jax.nn.one_hot(jnp.argmax(logits, -1), classes)
+  wanted = jax.nn.one_hot(target["label"], classes)
+  guides = {name: _recompose(f, owned, wanted) for name, f in features.items()}
+  return target | {"clean_features": features, "features": guides}
+
+
+def _recompose(feature, owned, wanted):
+  shape = feature.shape[1:-1]
+  owned, wanted = _area_pool(owned, shape), _area_pool(wanted, shape)
+  total = jnp.einsum("b...k,b...c->bkc", owned, feature)
+  axes = tuple(range(1, owned.ndim - 1))
+  weight = owned.sum(axes)[..., None]
+  prototype = total / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+  return jnp.einsum("b...k,bkc->b...c", wanted, prototype)
+
+
+def _area_pool(image, shape):
+  for axis, size in enumerate(shape, start=1):
+    matrix = _overlaps(size, image.shape[axis]).astype(image.dtype)
+    image = jnp.moveaxis(jnp.tensordot(image, matrix, (axis, 1)), -1, axis)
+  return image
+
+
+def _overlaps(cells, pixels):
+  """`(cells, pixels)`: share of each cell covered by each pixel; rows sum to one."""
+  edges, grid = np.linspace(0, 1, cells + 1), np.linspace(0, 1, pixels + 1)
+  low = np.maximum(edges[:-1, None], grid[None, :-1])
+  high = np.minimum(edges[1:, None], grid[None, 1:])
+  return np.maximum(high - low, 0) * cells
+
+
+def _features(predict, image):
+  features = call(predict, image)[1]
+  _require(features)
+  return features
+
+
+def _require(features):
+  if not features:
+    raise ValueError(
+      "this attack reads features; write a predict that returns (logits, features) "
+      "with features a flat dict of arrays (B, ..., C)."
+    )

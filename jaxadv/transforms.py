@@ -1,0 +1,229 @@
+"""Optax transforms of the cost gradient of ONE image.
+
+They chain with those of optax, which serves `trace` (momentum), `scale_by_sign`,
+`scale_by_adam`, schedules and `chain`. Spatial axes are all but the last. A transform
+that reads more than the gradient names it: `sample` (the example at this step),
+`success` (whether it counts as one) or `project`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxadv import filters
+from jaxadv.types import Sample, overlap
+
+__all__ = [
+  "clip_peaks",
+  "combine_normalized",
+  "for_steps",
+  "high_pass",
+  "low_pass",
+  "masked_by",
+  "normalize",
+  "scale_by_first_norm",
+  "scale_by_mask_iou",
+  "scale_by_size",
+  "shrink_on_success",
+  "sign_step",
+  "smooth",
+  "sparse_sign",
+]
+
+
+def sign_step(step_size: float | jax.Array) -> optax.GradientTransformation:
+  """`-step_size * sign(g)`: the step of FGSM and of PGD in Linf."""
+  return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(step_size))
+
+
+def normalize(ord: Literal[1, 2]) -> optax.GradientTransformation:
+  """Divides the gradient by its norm over the whole image; zero stays zero.
+
+  Example:
+    >>> g = jnp.array([3.0, -4.0])
+    >>> print(normalize(2).update(g, optax.EmptyState())[0].round(3))
+    [ 0.6 -0.8]
+  """
+  return optax.stateless(lambda g, _: _unit(g, ord))
+
+
+def combine_normalized(
+  weights: Sequence[float] | Callable[[int], Sequence[float]],
+) -> optax.GradientTransformation:
+  """Reduces S stacked gradients to `sum_s w_s g_s / ||g_s||_2`.
+
+  The first link of an attack whose loss returns S values.
+
+  Args:
+    weights: S numbers, or a function of S that gives them.
+
+  Example:
+    >>> g = jnp.array([[3.0, 4.0], [0.0, 2.0]])
+    >>> first = combine_normalized([1.0, 0.5])
+    >>> print(first.update(g, optax.EmptyState())[0].round(3))
+    [0.6       1.3000001]
+  """
+
+  def reduce(gradients, _):
+    given = weights(len(gradients)) if callable(weights) else weights
+    shares = jnp.asarray(given, gradients.dtype)
+    return jax.vmap(lambda g, w: w * _unit(g, 2))(gradients, shares).sum(0)
+
+  return optax.stateless(reduce)
+
+
+def sparse_sign(share: float = 0.01) -> optax.GradientTransformation:
+  """Steepest step in L1: equal steps in the entries with the largest gradients.
+
+  Keeps the `share` of entries with the largest size, as signs that sum to one.
+
+  Reference: sparse L1 descent, Tramer and Boneh, NeurIPS 2019, arXiv 1904.13000.
+  """
+
+  def update(g, _):
+    count = max(1, round(share * g.size))
+    smallest = jnp.sort(jnp.abs(g).ravel())[-count]
+    signs = jnp.sign(g) * (jnp.abs(g) >= smallest)
+    return signs / jnp.maximum(jnp.abs(signs).sum(), 1)
+
+  return optax.stateless(update)
+
+
+def smooth(sigma: float, *, size: int = 15) -> optax.GradientTransformation:
+  """Gaussian blur of the gradient (translation invariance, arXiv 1904.02884)."""
+  kernel = filters.gaussian_kernel(sigma, size)
+  return optax.stateless(lambda g, _: filters.blur(g, kernel.astype(g.dtype)))
+
+
+def low_pass(cutoff: float) -> optax.GradientTransformation:
+  """Keeps the frequencies up to `cutoff` cycles per pixel."""
+  return optax.stateless(lambda g, _: filters.low_pass(g, cutoff))
+
+
+def high_pass(cutoff: float) -> optax.GradientTransformation:
+  """Removes the frequencies up to `cutoff` cycles per pixel."""
+  return optax.stateless(lambda g, _: g - filters.low_pass(g, cutoff))
+
+
+def masked_by(name: str) -> optax.GradientTransformationExtraArgs:
+  """Moves only where `target[name]` is non-zero; `(H, W)` serves every channel."""
+
+  def update(g, sample):
+    mask = jnp.asarray(sample.target[name], g.dtype)
+    return g * (mask if mask.ndim == g.ndim else mask[..., None])
+
+  return _with_sample(update)
+
+
+def for_steps(n: int | jax.Array) -> optax.GradientTransformation:
+  """Stands still after `n` steps; `n` may be traced, one per example."""
+
+  def update(g, count, params=None):
+    del params
+    return jax.tree.map(lambda u: jnp.where(count < n, u, 0), g), count + 1
+
+  return optax.GradientTransformation(lambda _: jnp.int32(0), update)
+
+
+def scale_by_mask_iou(
+  beta: float | jax.Array, tau: float | jax.Array
+) -> optax.GradientTransformationExtraArgs:
+  """ASMA's multiplier: descends by `(tau + beta * IoU) * g`.
+
+  The IoU is that of this example's current decision with its target mask. A negative
+  `beta` makes steps smaller as the mask is reached: `tau = far`, `beta = near - far`.
+
+  Reference: Ozbulak et al., MICCAI 2019, arXiv 1907.13124.
+  """
+  return _with_sample(lambda g, sample: -(tau + beta * overlap(sample)) * g)
+
+
+def scale_by_size() -> optax.GradientTransformation:
+  """Multiplies by `sqrt(n)` for n values: a unit gradient then has RMS 1."""
+  return optax.stateless(lambda g, _: g * jnp.sqrt(g.size).astype(g.dtype))
+
+
+class FirstNormState(NamedTuple):
+  """The norm of the first gradient; 0 before there is one."""
+
+  norm: jax.Array
+
+
+def scale_by_first_norm() -> optax.GradientTransformation:
+  """Divides by the L2 norm of the first gradient: step sizes without model units."""
+
+  def update(g, state, params=None):
+    del params
+    norm = jnp.where(state.norm > 0, state.norm, jnp.sqrt(jnp.square(g).sum()))
+    return g / jnp.maximum(norm, jnp.finfo(g.dtype).tiny), FirstNormState(norm)
+
+  return optax.GradientTransformation(
+    lambda params: FirstNormState(jnp.zeros((), params.dtype)), update
+  )
+
+
+def shrink_on_success(
+  *,
+  first: float | jax.Array = 1e-2,
+  last: float | jax.Array = 2e-4,
+  shrink: float | jax.Array = 0.05,
+  constrain: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Walks down the gradient until the attack succeeds, then walks home.
+
+  With `a = (last / first)^progress`:
+
+      failure:  d <- d - first * a * g
+      success:  d <- constrain((1 - shrink * sqrt(a)) * d, a)
+
+  so the perturbation crosses the decision back and forth in ever smaller steps, and the
+  smallest success meets the threshold exactly. Chain it behind `normalize(2)` and
+  `scale_by_size()` to give the steps in RMS per value.
+
+  Args:
+    first: first step.
+    last: last step.
+    shrink: share of the perturbation given up by the first success, in [0, 1).
+    constrain: `(delta, a) -> delta`, what else to give up on success.
+
+  Returns:
+    A transform that reads `sample` and `success` and needs the perturbation.
+  """
+
+  def update(g, state, params=None, *, sample, success, **extra):
+    del extra
+    decay = (last / first) ** sample.progress
+    home = (1 - shrink * jnp.sqrt(decay)) * params
+    home = home if constrain is None else constrain(home, decay)
+    return jnp.where(success, home - params, -first * decay * g), state
+
+  return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def clip_peaks(delta: jax.Array, share: float | jax.Array) -> jax.Array:
+  """Clips the largest values: `|delta| <= (1 - share) * max |delta|`.
+
+  Example:
+    >>> print(clip_peaks(jnp.array([1.0, -0.2]), 0.25).round(2))
+    [ 0.75       -0.19999999]
+  """
+  peak = (1 - share) * jnp.abs(delta).max()
+  return jnp.clip(delta, -peak, peak)
+
+
+def _with_sample(update: Callable[[jax.Array, Sample], jax.Array]) -> Any:
+  """A transform without state that reads the example."""
+
+  def apply(g, state, params=None, *, sample, **extra):
+    del params, extra
+    return update(g, sample), state
+
+  return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), apply)
+
+
+def _unit(g, ord):
+  norm = jnp.abs(g).sum() if ord == 1 else jnp.sqrt(jnp.square(g).sum())
+  return g / jnp.maximum(norm, jnp.finfo(g.dtype).tiny)
