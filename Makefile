@@ -1,0 +1,27 @@
+# Needs CPython >= 3.11 with venv and pip; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+FLAGS ?=
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed-report ## Trains a U-Net, attacks it and writes runs/demo/report.html
+	$(BIN)/python -m jaxadv attack configs/demo.py $(FLAGS)
+
+test: .venv/installed-dev lint ## Lint, format, types, tests, doctests, coverage
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One environment, installed anew whenever the package's requirements change.
+.venv/installed-%: setup.cfg pyproject.toml
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 \
+	  || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf .venv .coverage .mypy_cache .pytest_cache .ruff_cache
