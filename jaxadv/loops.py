@@ -1,0 +1,63 @@
+"""The host loop that drives training and the crafting of universal perturbations alike.
+
+Anything with the signature `step(state, batch) -> (state, metrics)` runs in it. The
+loop keeps nothing: the state is the checkpoint, and a batch is a pure function of its
+position, so a run that stopped after `n` steps continues with `batches(..., start=n)`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+__all__ = ["fit"]
+
+State = TypeVar("State")
+Batch = Mapping[str, Any]
+Metrics = Mapping[str, Any]
+
+
+def fit(
+  step: Callable[[State, Batch], tuple[State, Metrics]],
+  state: State,
+  batches: Iterable[Batch],
+  *,
+  num_steps: int,
+  on_step: Callable[[int, State, Metrics], None] | None = None,
+) -> State:
+  """Takes `num_steps` steps and returns the last state.
+
+  Prints nothing; progress, logs and checkpoints belong to `on_step`.
+
+  Args:
+    step: `(state, batch) -> (state, metrics)`, usually jitted.
+    state: any pytree.
+    batches: one batch per step; at least `num_steps` of them. No more are drawn.
+    num_steps: steps to take now, 0 or more.
+    on_step: called as `on_step(n, state, metrics)` after the n-th step of this call,
+      counted from 1. Reading `metrics` waits for the step to finish.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    ValueError: for a negative `num_steps`, and when the batches run out.
+
+  Example:
+    >>> def add(total, batch):
+    ...   return total + batch["image"], {"total": total}
+    >>> fit(add, 0, [{"image": 1}, {"image": 2}, {"image": 3}], num_steps=2)
+    3
+  """
+  if num_steps < 0:
+    raise ValueError(f"`num_steps` is {num_steps}; write 0 or more.")
+  stream = iter(batches)
+  for n in range(1, num_steps + 1):
+    batch = next(stream, None)
+    if batch is None:
+      raise ValueError(
+        f"the batches ran out after {n - 1} of {num_steps} steps; pass an endless "
+        "stream, such as data.batches(dataset, size, seed=0)."
+      )
+    state, metrics = step(state, batch)
+    if on_step is not None:
+      on_step(n, state, metrics)
+  return state
