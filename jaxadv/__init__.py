@@ -1,7 +1,7 @@
 """Adversarial attacks on medical image models, and defences against them, in JAX.
 
-An attack is a pure function `attack(key, predict, x, y) -> AttackResult`; `predict` maps
-images `(B, ..., C)` in [0, 1] to logits, or to `(logits, features)`.
+An attack is a pure function `attack(key, predict, x, y) -> AttackResult`; `predict`
+maps images `(B, ..., C)` in [0, 1] to logits, or to `(logits, features)`.
 
     attack = jaxadv.attacks.pgd(4 / 255, step_size=1 / 255, num_steps=20)
     result = jax.jit(lambda key, x, y: attack(key, predict, x, y))(key, x, y)

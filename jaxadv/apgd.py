@@ -14,7 +14,7 @@ class APGDState(NamedTuple):
   """State of Auto-PGD for one example; costs, so smaller is better.
 
   Attributes:
-    count: gradients seen.
+    seen: gradients seen.
     step_size: current step.
     previous: the point moved from last.
     best: the point with the smallest cost, with `best_gradient` and `best_cost`.
@@ -24,7 +24,7 @@ class APGDState(NamedTuple):
     just_reduced: whether the last checkpoint halved the step.
   """
 
-  count: jax.Array
+  seen: jax.Array
   step_size: jax.Array
   previous: jax.Array
   best: jax.Array
@@ -60,7 +60,7 @@ def scale_by_apgd(
   norm: Literal["linf", "l2"] = "linf",
   rho: float = 0.75,
 ) -> optax.GradientTransformationExtraArgs:
-  """Auto-PGD: momentum, a step of `2 eps` halved at checkpoints, restarts from the best.
+  """Auto-PGD: momentum, steps from `2 eps` down, restarts from the best point.
 
       z     = project(d - s * direction(g))
       d_new = project(d + a (z - d) + (1 - a) (d - d_previous)),   a = 0.75 (1 at first)
@@ -92,7 +92,7 @@ def scale_by_apgd(
   def init(params):
     infinite = jnp.full((), jnp.inf, jnp.result_type(float))
     return APGDState(
-      count=jnp.int32(0),
+      seen=jnp.int32(0),
       step_size=jnp.asarray(2 * eps, params.dtype),
       previous=params,
       best=params,
@@ -107,14 +107,14 @@ def scale_by_apgd(
   def update(g, state, params=None, *, value, project, **extra):
     del extra
     state = _observe(state, g, params, value)
-    window = jnp.asarray(windows)[state.count]
+    window = jnp.asarray(windows)[state.seen]
     state, restart = _check(state, window, rho)
     here = jnp.where(restart, state.best, params)
     g = jnp.where(restart, state.best_gradient, g)
-    a = jnp.where(state.count > 0, 0.75, 1.0).astype(g.dtype)
+    a = jnp.where(state.seen > 0, 0.75, 1.0).astype(g.dtype)
     z = project(here - state.step_size * direction(g))
     new = project(here + a * (z - here) + (1 - a) * (here - state.previous))
-    return new - params, state._replace(count=state.count + 1, previous=here)
+    return new - params, state._replace(seen=state.seen + 1, previous=here)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -126,15 +126,15 @@ def _observe(state, gradient, point, cost):
     best=jnp.where(better, point, state.best),
     best_gradient=jnp.where(better, gradient, state.best_gradient),
     best_cost=jnp.where(better, cost, state.best_cost),
-    checked_cost=jnp.where(state.count == 0, cost, state.checked_cost),
-    gains=state.gains + ((state.count > 0) & _rose(state, cost)),
+    checked_cost=jnp.where(state.seen == 0, cost, state.checked_cost),
+    gains=state.gains + ((state.seen > 0) & _rose(state, cost)),
     last_cost=jnp.asarray(cost, state.last_cost.dtype),
-    previous=jnp.where(state.count == 0, point, state.previous),
+    previous=jnp.where(state.seen == 0, point, state.previous),
   )
 
 
 def _rose(state, cost):
-  return (cost < state.last_cost) | (state.count == 1)
+  return (cost < state.last_cost) | (state.seen == 1)
 
 
 def _check(state, window, rho):

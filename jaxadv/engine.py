@@ -132,8 +132,8 @@ def gradient_attack(
     ...   Objective(losses.cross_entropy), threats.linf(0.2), sign, num_steps=3,
     ...   random_start=False)
     >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
-    >>> result = attack(
-    ...   jax.random.key(0), lambda x: x @ weights, jnp.full((1, 2), 0.5), jnp.array([0]))
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> result = attack(jax.random.key(0), lambda x: x @ weights, x, y)
     >>> print(result.image.round(2), result.success)
     [[0.29999998 0.29999998]] [False]
   """
@@ -335,5 +335,5 @@ def _is_nonfinite(loss):
 
 
 def _as_float(value):
-  """The default float type, so that a half-precision model cannot change the state's."""
+  """The default float: a half-precision model cannot change the state's type."""
   return jnp.asarray(value, jnp.result_type(float))

@@ -4,6 +4,8 @@ The spatial axes are all but the last. Frequencies are in cycles per pixel, so 0
 Nyquist and a cutoff of 0.25 is the nominal band of a one-level Haar transform.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,10 +56,11 @@ def blur(image: jax.Array, kernel: jax.Array) -> jax.Array:
     pads = [(reach, reach) if a == axis else (0, 0) for a in range(image.ndim)]
     padded = jnp.pad(image, pads)
     size = image.shape[axis]
-    image = sum(
+    taps = [
       kernel[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis)
       for i in range(kernel.shape[0])
-    )
+    ]
+    image = functools.reduce(jnp.add, taps)
   return image
 
 
@@ -76,7 +79,7 @@ def low_pass_mask(shape: tuple[int, ...], cutoff: float | jax.Array) -> jax.Arra
     13
   """
   squares = [np.fft.fftfreq(n) ** 2 for n in shape]
-  radius = sum(np.meshgrid(*squares, indexing="ij", sparse=True))
+  radius = functools.reduce(np.add.outer, squares)
   # a frequency exactly on the circle belongs to the disc, whatever the rounding
   return jnp.asarray(radius) <= jnp.asarray(cutoff) ** 2 * (1 + 1e-6)
 

@@ -1,4 +1,4 @@
-"""Ways to call the model on a batch: `(predict, keys, image, clean) -> (logits, features)`.
+"""Ways to call the model: `(predict, keys, image, clean) -> (logits, features)`.
 
 `keys` holds one key per example and step, so randomness never couples examples.
 `jaxadv.types.plain` is the default.
@@ -49,8 +49,9 @@ def input_diversity(
 ) -> ForwardFn:
   """Input diversity: with some probability a shrunk copy at a random place.
 
-  The image is resized bilinearly to a random scale in `[shrink, 1]` and laid at a random
-  place on a canvas of `fill`. Shapes stay static: the resize is a `scale_and_translate`.
+  The image is resized bilinearly to a random scale in `[shrink, 1]` and laid at a
+  random place on a canvas of `fill`. Shapes stay static: the resize is a
+  `scale_and_translate`.
 
   Args:
     probability: of changing an example in a step.

@@ -1,7 +1,7 @@
 """Refuses bad input before the first step, and says what to write instead.
 
-Shapes and dtypes are checked always; values (range of the images, classes of the labels)
-only where they are concrete, that is outside `jit`.
+Shapes and dtypes are checked always; values (range of the images, classes of the
+labels) only where they are concrete, that is outside `jit`.
 """
 
 from typing import Any
@@ -88,7 +88,8 @@ def check_labels(label: Any, logits: Any, valid: Any = None) -> None:
   Args:
     label: `(B,)`, `(B, H, W)` int, or `(B, L)` for label sets.
     logits: array or shape of the model's output for the same batch.
-    valid: optional bool array like `label`: pixels that are not valid may hold anything.
+    valid: optional bool array like `label`: pixels that are not valid may hold
+      anything.
 
   Raises:
     ValueError: for shapes that do not match and for a label outside the classes.
@@ -143,8 +144,8 @@ def _check_range(x, low, high):
   slack = 1e-6 * (np.asarray(high) - np.asarray(low))
   if (x < low - slack).any() or (x > high + slack).any():
     raise ValueError(
-      f"`x` spans [{x.min():g}, {x.max():g}], outside the bounds [{low}, {high}]. Divide "
-      "8-bit images by 255, and keep mean/std normalisation inside `predict`."
+      f"`x` spans [{x.min():g}, {x.max():g}], outside the bounds [{low}, {high}]. "
+      "Divide 8-bit images by 255; keep mean/std normalisation inside `predict`."
     )
 
 

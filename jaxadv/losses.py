@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import filters, inputs, masks
+from jaxadv import inputs, masks
 from jaxadv.types import LossFn, Sample, valid_pixels
 
 __all__ = [
@@ -136,8 +136,8 @@ def dlr(sample: Sample) -> jax.Array:
 def dlr_targeted(sample: Sample) -> jax.Array:
   """Targeted difference of logits ratio, raised towards the label.
 
-  `-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)`, with `t` the label the attacker
-  wants and `y` the clean decision, read from `target["logits"]`.
+  `-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)`, with `t` the label the
+  attacker wants and `y` the clean decision, read from `target["logits"]`.
 
   Raises:
     ValueError: below four classes; use `negate(dlr)` there.
@@ -169,8 +169,9 @@ def kl_to_target(sample: Sample) -> jax.Array:
 def seg_pgd(sample: Sample, *, targeted: bool = False) -> jax.Array:
   """SegPGD: cross-entropy that shifts from correct to wrong pixels as steps pass.
 
-  `(1 - l) mean_{correct} CE + l mean_{wrong} CE` with `l = t / (2T)`, both means over all
-  pixels. Targeted: pixels already at the target weigh `l`, the others `1 - l`; negate it.
+  `(1 - l) mean_{correct} CE + l mean_{wrong} CE` with `l = t / (2T)`, both means over
+  all pixels. Targeted: pixels already at the target weigh `l`, the others `1 - l`;
+  negate it.
 
   Reference: Gu et al., ECCV 2022, arXiv 2207.12391; as in the CosPGD paper and code.
   """
@@ -208,7 +209,7 @@ def mask_logits(sample: Sample) -> jax.Array:
 
 
 def mask_margin(sample: Sample) -> jax.Array:
-  """`sum z_{i, y_i} - max_{c != y_i} z_{i, c}` over the pixels not yet at their target."""
+  """`sum z_y - max_{c != y} z_c` over the pixels not yet at their target."""
   wrong = _wrong(sample) & valid_pixels(sample)
   return jnp.where(wrong, _margins(sample), 0).sum()
 

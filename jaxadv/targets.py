@@ -66,7 +66,8 @@ def clean_logits(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
   """The labels as given, and the clean logits under `"logits"`.
 
   Example:
-    >>> clean_logits(lambda x: 2 * x, jnp.ones((1, 2)), jnp.array([0]))["logits"].tolist()
+    >>> target = clean_logits(lambda x: 2 * x, jnp.ones((1, 2)), jnp.array([0]))
+    >>> target["logits"].tolist()
     [[2.0, 2.0]]
   """
   return labels(predict, x, y) | {"logits": call(predict, x)[0]}
@@ -94,8 +95,8 @@ def prototypes(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
   """Guide features for an arbitrary mask, built from the clean image itself.
 
   For each feature the prototype `c_k` of class k is its mean over the cells the model
-  gives to k, and the guide is `sum_k pool(1[y = k]) c_k`, where `pool` is area averaging
-  to the size of the feature.
+  gives to k, and the guide is `sum_k pool(1[y = k]) c_k`, where `pool` is area
+  averaging to the size of the feature.
 
   Returns:
     `"label"` (and `"mask"`), `"clean_features"` and `"features"`.

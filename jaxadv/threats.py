@@ -84,7 +84,7 @@ def linf(eps: float | jax.Array, *, bounds: Bounds = (0.0, 1.0)) -> Threat:
     ValueError: for a negative radius.
 
   Example:
-    >>> print(linf(0.1).project(jnp.array([0.3, -0.05]), jnp.array([0.5, 0.5])).round(3))
+    >>> print(linf(0.1).project(jnp.array([0.3, -0.05]), None).round(3))
     [ 0.1  -0.05]
   """
   inputs.check_positive("eps", eps)
@@ -132,8 +132,8 @@ def l2(eps: float | jax.Array, *, bounds: Bounds = (0.0, 1.0)) -> Threat:
 def l1(eps: float | jax.Array, *, bounds: Bounds = (0.0, 1.0)) -> Threat:
   """`sum |delta| <= eps`; random starts are uniform in the ball.
 
-  The projection is the exact Euclidean one on the ball (soft threshold found by sorting),
-  followed by the clip to the bounds, which can only shorten it.
+  The projection is the exact Euclidean one on the ball (soft threshold found by
+  sorting), followed by the clip to the bounds, which can only shorten it.
 
   Args:
     eps: radius >= 0 in the units of the image.

@@ -4,9 +4,10 @@ An attack is any function `attack(key, predict, x, y) -> AttackResult`. Gradient
 are built by `jaxadv.engine.gradient_attack` from an `Objective` (what to raise), a
 `Threat` (what is allowed) and an optax transform (how to move).
 
-Every part is written for ONE example, without a batch axis, except the two that call the
-model (`prepare` and `forward`), which see the batch. Images are float32 (or float64)
-inside the bounds of the threat, channels last: `(B, H, W, C)` or `(B, D, H, W, C)`.
+Every part is written for ONE example, without a batch axis, except the two that call
+the model (`prepare` and `forward`), which see the batch. Images are float32 (or
+float64) inside the bounds of the threat, channels last: `(B, H, W, C)` or `(B, D, H, W,
+C)`.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,7 +71,8 @@ class Sample(NamedTuple):
     delta: the perturbation, an array or a pytree.
     logits: `(K,)`, `(H, W, K)` or `(L,)` for a label set.
     features: named activations; empty when `predict` returns logits only.
-    target: always has `"label"`; may have `"features"`, `"logits"`, `"mask"`, `"image"`.
+    target: always has `"label"`; may have `"features"`, `"logits"`, `"mask"`,
+      `"image"`.
     progress: scalar `t / num_steps` in [0, 1).
   """
 
@@ -180,7 +182,8 @@ class Objective(NamedTuple):
   """What an attack raises, and how to prepare targets and call the model.
 
   Attributes:
-    loss: one example -> scalar to raise; `(S,)` asks the engine for S gradients from one
+    loss: one example -> scalar to raise; `(S,)` asks the engine for S gradients from
+      one
       forward pass, stacked on a leading axis for the first link of the transform.
     score: one example -> scalar compared across steps by `keep`; default: the loss.
     prepare: `(predict, x, y) -> target`, once per call, batched.
@@ -276,8 +279,8 @@ def example_keys(key: Array, n: int) -> Array:
     >>> example_keys(jax.random.key(0), 3).shape
     (3,)
   """
-  if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
-    got = getattr(key, "dtype", type(key).__name__)
+  got = getattr(key, "dtype", type(key).__name__)
+  if isinstance(got, str) or not jnp.issubdtype(got, jax.dtypes.prng_key):
     raise TypeError(
       f"`key` is {got}, not a typed key; write jax.random.key(seed), or "
       "jax.random.wrap_key_data(key) for an old uint32 key."

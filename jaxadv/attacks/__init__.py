@@ -1,17 +1,10 @@
 """Named attacks: aliases of their parts, each an `attack(key, predict, x, y)`."""
 
+from jaxadv.attacks.asma import asma, asma_calibrated
 from jaxadv.attacks.iterative import apgd, fgsm, mi_fgsm, pgd
-from jaxadv.attacks.segmentation import (
-  asma,
-  asma_calibrated,
-  cos_pgd,
-  mafl,
-  mafl_linf,
-  mafl_literal,
-  msa,
-  msa_literal,
-  seg_pgd,
-)
+from jaxadv.attacks.mafl import mafl, mafl_linf, mafl_literal
+from jaxadv.attacks.msa import msa, msa_literal
+from jaxadv.attacks.segmentation import cos_pgd, seg_pgd
 
 __all__ = [
   "apgd",

@@ -1,24 +1,23 @@
 """Iterated gradient attacks inside a ball, for classes, label sets, masks and volumes.
 
 The same functions attack all of them: the loss decides. `targeted=True` makes `y` what
-the attacker wants. Radii and step sizes are in the units of the image and may be traced.
+the attacker wants. Radii and step sizes are in the units of the image and may be
+traced.
 """
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from jaxadv import inputs, losses, targets, threats, transforms
 from jaxadv.apgd import scale_by_apgd
+from jaxadv.attacks.parts import Bounds, Keep, Scalar
 from jaxadv.engine import Attack, gradient_attack
 from jaxadv.types import LossFn, Objective, SuccessFn, Threat, reached
 
 __all__ = ["apgd", "fgsm", "mi_fgsm", "pgd"]
 
-Scalar = float | jax.Array
-Bounds = tuple[Any, Any]
 _THREATS = {"linf": threats.linf, "l2": threats.l2, "l1": threats.l1}
 
 
@@ -51,8 +50,8 @@ def fgsm(
 
   Example:
     >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
-    >>> result = fgsm(0.1)(
-    ...   jax.random.key(0), lambda x: x @ weights, jnp.full((1, 2), 0.5), jnp.array([0]))
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> result = fgsm(0.1)(jax.random.key(0), lambda x: x @ weights, x, y)
     >>> print(result.image.round(2))
     [[0.39999998 0.39999998]]
 
@@ -78,13 +77,14 @@ def pgd(
   loss: LossFn = losses.cross_entropy,
   targeted: bool = False,
   random_start: bool = True,
-  keep: Literal["last", "best", "smallest"] = "last",
+  keep: Keep = "last",
   stop: SuccessFn | None = None,
   bounds: Bounds = (0.0, 1.0),
 ) -> Attack:
   """Projected gradient descent in a ball.
 
-  `x <- project(x + step_size * direction(grad loss))`, with the steepest direction of the
+  `x <- project(x + step_size * direction(grad loss))`, with the steepest direction of
+  the
   norm: sign, L2-normalised, or the 1 % largest entries.
 
   Args:
@@ -107,8 +107,8 @@ def pgd(
 
   Example:
     >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
-    >>> result = pgd(0.1, num_steps=5)(
-    ...   jax.random.key(0), lambda x: x @ weights, jnp.full((1, 2), 0.5), jnp.array([0]))
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> result = pgd(0.1, num_steps=5)(jax.random.key(0), lambda x: x @ weights, x, y)
     >>> print(result.image.round(2))
     [[0.39999998 0.39999998]]
 
@@ -190,8 +190,8 @@ def apgd(
   """Auto-PGD: no step size to choose; returns the point that fools most.
 
   See `jaxadv.apgd.scale_by_apgd` for the rule. `loss=losses.dlr` is safe for any number
-  of classes: below three it becomes the scaled margin. The point returned is the one with
-  the largest margin, so an example fooled at any step is a success.
+  of classes: below three it becomes the scaled margin. The point returned is the one
+  with the largest margin, so an example fooled at any step is a success.
 
   Args:
     eps: radius.
