@@ -31,6 +31,7 @@ from jaxadv.types import (
   SuccessFn,
   Target,
   Threat,
+  call,
   example_keys,
 )
 
@@ -230,6 +231,7 @@ def _evaluate(objective, threat, num_steps, predict, x, target, state, delta):
   keys = jax.vmap(jax.random.fold_in)(state.key, state.step)
   image = jax.vmap(threat.apply)(x, delta)
   logits, features = objective.forward(predict, keys, image, x)
+  inputs.check_shapes(target, logits)
   progress = state.step / num_steps
   sample = Sample(x, image, delta, logits, features, target, progress)
   return _as_float(jax.vmap(objective.loss)(sample)), sample
@@ -320,9 +322,9 @@ def _check_target(predict, x, target):
     raise TypeError('`prepare` returned no "label"; every target has one.')
   if isinstance(target["label"], jax.core.Tracer):
     return
-  out = jax.eval_shape(predict, x)
-  logits = out[0] if isinstance(out, tuple) else out
-  inputs.check_labels(target["label"], logits, target.get("mask"))
+  logits, _ = jax.eval_shape(lambda image: call(predict, image), x)
+  inputs.check_shapes(target, logits)
+  inputs.check_classes(target, logits)
 
 
 def _select(condition, new, old):

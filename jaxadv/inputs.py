@@ -12,10 +12,11 @@ import numpy as np
 
 __all__ = [
   "check_batch",
+  "check_classes",
   "check_feature",
-  "check_labels",
   "check_num_steps",
   "check_positive",
+  "check_shapes",
 ]
 
 
@@ -82,28 +83,38 @@ def check_batch(x: Any, y: Any, bounds: tuple[Any, Any] | None) -> None:
     _check_range(np.asarray(x), *bounds)
 
 
-def check_labels(label: Any, logits: Any, valid: Any = None) -> None:
-  """Raises when labels do not fit the logits of the model.
+def check_shapes(target: Any, logits: Any) -> None:
+  """Raises `ValueError` unless labels, and the mask if any, fit the logits.
 
   Args:
-    label: `(B,)`, `(B, H, W)` int, or `(B, L)` for label sets.
-    logits: array or shape of the model's output for the same batch.
-    valid: optional bool array like `label`: pixels that are not valid may hold
-      anything.
-
-  Raises:
-    ValueError: for shapes that do not match and for a label outside the classes.
+    target: mapping with `"label"` `(B,)`, `(B, H, W)` or `(B, L)`.
+    logits: the model's output for the same batch.
   """
+  label, valid = target["label"], target.get("mask")
   if label.shape not in (logits.shape, logits.shape[:-1]):
     raise ValueError(
       f"labels have shape {label.shape} and logits {logits.shape}; labels must be "
       f"{logits.shape[:-1]} (classes, masks) or {logits.shape} (label sets)."
     )
-  if not _is_concrete(label):
+  if valid is not None and valid.shape != label.shape:
+    raise ValueError(f'y["mask"] is {valid.shape}; write the labels\' {label.shape}.')
+
+
+def check_classes(target: Any, logits: Any) -> None:
+  """Raises `ValueError` for a label outside the classes, where values are concrete.
+
+  Args:
+    target: mapping with `"label"`, and `"mask"` where some pixels do not count: those
+      may hold any label, but every image needs one that counts.
+    logits: the model's output for the same batch.
+  """
+  label, valid = target["label"], target.get("mask")
+  if not _is_concrete((label, valid)):
     return
   classes = 2 if label.shape == logits.shape else logits.shape[-1]
   values = np.asarray(label)
-  values = values if valid is None else values[np.asarray(valid)]
+  if valid is not None:
+    values = _valid_values(values, np.asarray(valid, bool))
   wrong = values[(values < 0) | (values >= classes)]
   if wrong.size:
     raise ValueError(
@@ -147,6 +158,15 @@ def _check_range(x, low, high):
       f"`x` spans [{x.min():g}, {x.max():g}], outside the bounds [{low}, {high}]. "
       "Divide 8-bit images by 255; keep mean/std normalisation inside `predict`."
     )
+
+
+def _valid_values(values, valid):
+  empty = np.flatnonzero(~valid.reshape(len(valid), -1).any(1))
+  if empty.size:
+    raise ValueError(
+      f'`y["mask"]` marks no pixel of image {empty[0]}; there is nothing to attack.'
+    )
+  return values[valid]
 
 
 def _is_concrete(value):

@@ -8,6 +8,7 @@ half-precision model is attacked in single precision. Sums are plain Python:
     lambda s: losses.cross_entropy(s) + 0.1 * losses.feature_cosine("pooled")(s)
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import inputs, masks
+from jaxadv import filters, inputs, masks
 from jaxadv.types import LossFn, Sample, valid_pixels
 
 __all__ = [
+  "band_energy",
   "binary_cross_entropy",
   "cap",
   "cos_pgd",
@@ -231,11 +233,10 @@ def mask_hinge(kappa: float = 0.5, *, trim: float = 0.03) -> LossFn:
   def loss(sample):
     margins = _margins(sample)
     active = (margins < kappa) & valid_pixels(sample)
-    if trim:
-      foreground = (sample.target["label"] > 0) & valid_pixels(sample)
-      free = jnp.floor(trim * foreground.sum()).astype(int)
-      ordered = jnp.sort(jnp.where(active, margins, jnp.inf).ravel())
-      active &= margins >= jax.lax.stop_gradient(ordered)[free]
+    foreground = (sample.target["label"] > 0) & valid_pixels(sample)
+    free = jnp.floor(trim * foreground.sum()).astype(int)
+    candidates = jax.lax.stop_gradient(jnp.where(active, margins, jnp.inf))
+    active &= margins >= jnp.sort(candidates.ravel())[free]
     return -jnp.where(active, kappa - margins, 0).sum() / jnp.maximum(active.sum(), 1)
 
   return loss
@@ -313,14 +314,18 @@ def feature_similarity(
   return kinds[kind]
 
 
-def low_frequency_energy(band: Callable[[jax.Array], jax.Array]) -> LossFn:
+def low_frequency_energy(cutoff: float | jax.Array) -> LossFn:
+  """`||P d||_2^2` of `d = image - clean`, with `P` the low-pass at `cutoff`."""
+  return band_energy(functools.partial(filters.low_pass, cutoff=cutoff))
+
+
+def band_energy(band: Callable[[jax.Array], jax.Array]) -> LossFn:
   """`||P d||_2^2` of the change `d = image - clean`, for an orthogonal projector `P`.
 
   Its gradient is `2 P d`, taken analytically: one filter per step instead of two.
 
   Args:
-    band: the projector, for instance `functools.partial(filters.low_pass, cutoff=0.25)`
-      or `filters.haar_low_pass`.
+    band: the projector, for instance `filters.haar_low_pass`.
 
   Returns:
     A loss, >= 0.

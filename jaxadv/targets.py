@@ -56,8 +56,9 @@ def constant(k: int) -> PrepareFn:
   def prepare(predict, x, y):
     del y
     logits = jax.eval_shape(lambda image: call(predict, image)[0], x)
-    inputs.check_labels(np.full(logits.shape[:-1], k), logits)
-    return {"label": jnp.full(logits.shape[:-1], k)}
+    target = {"label": jnp.full(logits.shape[:-1], k)}
+    inputs.check_classes({"label": np.full(logits.shape[:-1], k)}, logits)
+    return target
 
   return prepare
 

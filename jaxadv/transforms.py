@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxadv import filters
+from jaxadv.apgd import scale_by_apgd
 from jaxadv.types import Sample, overlap
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
   "low_pass",
   "masked_by",
   "normalize",
+  "scale_by_apgd",
   "scale_by_first_norm",
   "scale_by_mask_iou",
   "scale_by_size",

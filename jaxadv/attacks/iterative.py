@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 
 from jaxadv import inputs, losses, targets, threats, transforms
-from jaxadv.apgd import scale_by_apgd
 from jaxadv.attacks.parts import Bounds, Keep, Scalar
 from jaxadv.engine import Attack, gradient_attack
 from jaxadv.types import LossFn, Objective, SuccessFn, Threat, reached
@@ -49,6 +48,7 @@ def fgsm(
     An `Attack`.
 
   Example:
+    >>> import jax
     >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
     >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
     >>> result = fgsm(0.1)(jax.random.key(0), lambda x: x @ weights, x, y)
@@ -106,6 +106,7 @@ def pgd(
     ValueError: for a negative radius or step and an unknown norm.
 
   Example:
+    >>> import jax
     >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
     >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
     >>> result = pgd(0.1, num_steps=5)(jax.random.key(0), lambda x: x @ weights, x, y)
@@ -213,7 +214,7 @@ def apgd(
   return gradient_attack(
     aim(loss, targeted, score=score, prepare=targets.clean_logits),
     _on_the_sphere(_THREATS[norm](eps, bounds=bounds), eps, norm),
-    scale_by_apgd(eps, num_steps, norm=norm, rho=rho),
+    transforms.scale_by_apgd(eps, num_steps, norm=norm, rho=rho),
     num_steps=num_steps,
     keep="best",
   )

@@ -156,7 +156,7 @@ def mafl_literal(
         losses.mask_margin if margin else losses.mask_logits,
         _similarity(feature, similarity),
         similarity_weight,
-        losses.low_frequency_energy(band),
+        losses.band_energy(band),
         0.0 if projecting else penalty,
       ),
       threshold,
@@ -213,7 +213,7 @@ def mafl_linf(
     losses.mask_margin,
     _similarity(feature, similarity),
     similarity_weight,
-    losses.low_frequency_energy(_band("fft", cutoff)),
+    losses.low_frequency_energy(cutoff),
     penalty,
   )
   return gradient_attack(
