@@ -1,0 +1,138 @@
+"""The command line: `jaxadv attack CONFIG` and `jaxadv train CONFIG`."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from jaxadv import __version__
+
+__all__ = ["main"]
+
+# Option -> field of the experiment, meaning; all are whole numbers.
+_OVERRIDES = {
+  "--steps": ("train_steps", "training steps of the victim"),
+  "--train-batch": ("batch_size", "images per training step"),
+  "--pairs": ("num_pairs", "pairs to attack"),
+  "--batch": ("attack_batch", "pairs attacked at once"),
+  "--seed": ("seed", "seed of weights, batches, pairs and attacks"),
+  "--gallery": ("gallery", "pairs shown per attack"),
+}
+# What the `report` extra brings.
+_NEEDED = ("jinja2", "matplotlib", "rich")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs a command.
+
+  Args:
+    arguments: words after the program's name; those of the process by default.
+
+  Returns:
+    0 when the command did its work; 2, after one line on stderr, for bad input.
+
+  Example:
+    >>> main(["attack", "no-such-config.py"])
+    2
+  """
+  options = _parser().parse_args(arguments)
+  missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+  if missing:
+    return _refuse(f"{', '.join(missing)} missing; run: pip install 'jaxadv[report]'")
+  # Imported late: a misspelt option should not wait for jax.
+  from jaxadv import experiments, job, records
+
+  refused = (experiments.ConfigError, job.JobError, records.RecordError)
+  try:
+    return _run(options, job)
+  except refused as error:
+    return _refuse(str(error))
+
+
+def _run(options, job):
+  from jaxadv import progress
+
+  run = job.prepare(
+    options.config,
+    quick=options.quick,
+    source=options.data,
+    out=options.out,
+    overrides=_overrides(options),
+    progress=progress.terminal if options.progress else progress.silent,
+  )
+  command = job.attack if options.command == "attack" else job.train
+  _show(run, command(run), options.command)
+  return 0
+
+
+def _show(run, results, command):
+  from rich import box, console, table
+
+  from jaxadv import report
+
+  if command == "attack":
+    heads, lines = report.table(results)
+  else:
+    heads, lines = ["victim"], [[run.config.name]]
+    heads += [name.replace("_", " ") for name in results]
+    lines[0] += [f"{value:.4g}" for value in results.values()]
+  shown = table.Table(box=box.SIMPLE_HEAD)
+  for i, head in enumerate(heads):
+    shown.add_column(head, justify="right" if i else "left")
+  for line in lines:
+    shown.add_row(*line)
+  # A pipe has no width of its own; eighty columns would break the table.
+  wide = console.Console(width=None if sys.stdout.isatty() else 160)
+  wide.print(shown)
+  name = "report.html" if command == "attack" else "victim/results.json"
+  print(f"results: {(run.folder / name).resolve()}")
+
+
+def _overrides(options) -> dict[str, Any]:
+  fields = {field: getattr(options, field) for field, _ in _OVERRIDES.values()}
+  return {field: value for field, value in fields.items() if value is not None}
+
+
+def _refuse(message: str) -> int:
+  print(f"jaxadv: {' '.join(message.split())}", file=sys.stderr)
+  return 2
+
+
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(
+    prog="jaxadv",
+    description="Adversarial attacks on medical image models.",
+    allow_abbrev=False,
+  )
+  parser.add_argument("--version", action="version", version=f"jaxadv {__version__}")
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  for name, meaning in (
+    ("attack", "train the victim or load it, attack it, write the report"),
+    ("train", "train and evaluate the victim only"),
+  ):
+    _add_options(commands.add_parser(name, help=meaning, allow_abbrev=False))
+  return parser
+
+
+def _add_options(command):
+  command.add_argument("config", metavar="CONFIG", help="such as configs/demo.py")
+  command.add_argument("--data", help="pack, folder or tfds:NAME to use instead")
+  command.add_argument(
+    "--out", help="folder of the run [runs/NAME]; an interrupted run resumes"
+  )
+  command.add_argument(
+    "--quick", action="store_true", help="the smallest sensible form"
+  )
+  command.add_argument(
+    "--no-progress", dest="progress", action="store_false", help="no progress lines"
+  )
+  for option, (field, meaning) in _OVERRIDES.items():
+    command.add_argument(option, dest=field, type=int, metavar="N", help=meaning)

@@ -1,0 +1,346 @@
+"""The main job: train a victim or load it, attack pairs of images, keep every row.
+
+Everything is stored under one folder, and every finished piece survives a kill:
+
+    settings.json        what the run is; another run is refused
+    victim/              checkpoints, settings and evaluation of the trained model
+    images/ATTACK/*.png  the attacked images as stored, 8 bits
+    rows.csv             one row per pair and attack, appended batch by batch
+    results.json         means, intervals, paired ratios, versions, config
+    gallery.png, report.html
+
+Pairs are attacked in fixed batches, each from keys made of the two image ids, so a row
+does not depend on where a run was interrupted.
+"""
+
+import dataclasses
+import io
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from jaxadv import data, records, report, summaries, trials, victims
+from jaxadv.experiments import Config, Experiment, load_config
+from jaxadv.progress import Progress, silent
+
+__all__ = ["JobError", "Run", "attack", "prepare", "train"]
+
+Variables = dict[str, Any]
+
+
+class JobError(ValueError):
+  """A job that cannot run; the message says why in one line."""
+
+
+class Run(NamedTuple):
+  """A job whose input was checked.
+
+  Attributes:
+    config: the file and what it builds.
+    experiment: its experiment with the overrides applied.
+    source: the data source in use.
+    train_set: what the victim learns from.
+    test_set: what is attacked.
+    folder: where everything goes.
+    victim: what the trained weights depend on.
+    settings: what the rows depend on.
+    progress: shows what is done.
+  """
+
+  config: Config
+  experiment: Experiment
+  source: str
+  train_set: data.Dataset
+  test_set: data.Dataset
+  folder: pathlib.Path
+  victim: dict[str, Any]
+  settings: dict[str, Any]
+  progress: Progress
+
+
+class Victim(NamedTuple):
+  """A trained model and what it says about the test images.
+
+  Attributes:
+    variables: of the Flax module.
+    predict: `(variables, images) -> (logits, features)`.
+    masks: `(N, H, W)` predictions of the test images.
+    evaluation: means against the labels.
+  """
+
+  variables: Variables
+  predict: Callable[[Variables, jax.Array], Any]
+  masks: np.ndarray
+  evaluation: dict[str, float]
+
+
+def prepare(
+  config_path: str | pathlib.Path,
+  *,
+  quick: bool = False,
+  source: str | None = None,
+  out: str | None = None,
+  overrides: Mapping[str, Any] | None = None,
+  progress: Progress = silent,
+) -> Run:
+  """Reads the config and the data, and checks both, before anything is computed.
+
+  Args:
+    config_path: the config file.
+    quick: asks the config for its smallest form.
+    source: data source to use instead of the config's.
+    out: folder of the run; `runs/NAME`, or `runs/NAME-quick`, by default.
+    overrides: fields of the `Experiment` to replace.
+    progress: shows what is done.
+
+  Returns:
+    The checked run; nothing has been written.
+
+  Raises:
+    ConfigError: for a config that cannot be read or built.
+    JobError: for data that cannot be found or does not fit.
+  """
+  config = load_config(config_path, quick=quick)
+  experiment = dataclasses.replace(config.experiment, **(overrides or {}))
+  name, train_set, test_set = _load(experiment, source)
+  folder = pathlib.Path(out or f"runs/{config.name}{'-quick' if quick else ''}")
+  victim = victims.describe(experiment, train_set)
+  settings = victim | {
+    "config": config.code,
+    "quick": quick,
+    "num_pairs": experiment.num_pairs,
+    "attack_batch": experiment.attack_batch,
+    "threshold": experiment.threshold,
+    "max_initial_iou": experiment.max_initial_iou,
+    "test_data": victims.fingerprint(test_set),
+  }
+  return Run(
+    config, experiment, name, train_set, test_set, folder, victim, settings, progress
+  )
+
+
+def train(run: Run) -> dict[str, float]:
+  """Trains the victim and returns its evaluation, also stored as `victim/results.json`.
+
+  Raises:
+    RecordError: when the folder holds another victim, or another run is using it.
+  """
+  with records.lock(run.folder):
+    return _victim(run).evaluation
+
+
+def attack(run: Run) -> dict[str, Any]:
+  """Runs the whole job, or what is left of it; returns what `results.json` holds.
+
+  Raises:
+    RecordError: when the folder holds another run, or another run is using it.
+    JobError: when the victim's predictions admit no pair.
+  """
+  started = time.perf_counter()
+  with records.lock(run.folder):
+    records.check_same_run(run.folder / "settings.json", run.settings)
+    victim = _victim(run)
+    scene = _scene(run, victim)
+    for name in run.experiment.attacks:
+      _attack_pairs(run, scene, name)
+    results = _results(run, victim, scene, time.perf_counter() - started)
+    _write(run, victim, scene, results)
+  return results
+
+
+def _load(experiment, source):
+  candidates = experiment.data if source is None else (source,)
+  try:
+    name = next(filter(None, map(_available, candidates)), None)
+    if name is None:
+      data.resolve(candidates[-1])  # raises, saying where it looked
+    place = None if name == "phantoms" else name
+    train_set = data.load(place, split=experiment.train_split)
+    test_set = data.load(place, split=experiment.test_split)
+  except (OSError, ValueError, KeyError) as error:
+    raise JobError(f"data: {error}") from error
+  _check_images(train_set, test_set)
+  return name, train_set, test_set
+
+
+def _available(source):
+  """The source as `data.load` takes it, or `None` when it is not on this machine."""
+  if source is None:
+    return "phantoms"
+  if source.startswith("tfds:"):
+    return source
+  try:
+    return str(data.resolve(source))
+  except FileNotFoundError:
+    return None
+
+
+def _check_images(train_set, test_set):
+  shape = test_set.images.shape
+  if len(shape) != 4 or shape[-1] not in (1, 3):
+    raise JobError(f"test images are {shape}; the job needs (N, H, W, 1 or 3).")
+  if test_set.labels.shape != shape[:-1]:
+    raise JobError(f"labels are {test_set.labels.shape}; the job needs one mask each.")
+  if train_set.images.shape[1:] != shape[1:]:
+    raise JobError(f"train images are {train_set.images.shape}, test images {shape}.")
+
+
+def _victim(run):
+  folder, experiment = run.folder / "victim", run.experiment
+  records.check_same_run(folder / "settings.json", run.victim)
+  variables = victims.train(
+    experiment, run.train_set, folder / "checkpoints", progress=run.progress
+  )
+  predict = victims.predictor(experiment.model)
+  masks = victims.predictions(predict, variables, run.test_set.images)
+  evaluation = victims.evaluate(masks, run.test_set)
+  records.write_json(folder / "results.json", evaluation)
+  return Victim(variables, predict, masks, evaluation)
+
+
+def _scene(run, victim):
+  experiment, test_set = run.experiment, run.test_set
+  try:
+    pairs = data.pairs(
+      test_set.images,
+      victim.masks,
+      num=experiment.num_pairs,
+      seed=experiment.seed,
+      num_classes=len(test_set.class_names),
+      max_iou=experiment.max_initial_iou,
+    )
+  except ValueError as error:
+    raise JobError(f"no pair to attack: {error}") from error
+  return trials.Scene(
+    victim.predict,
+    victim.variables,
+    victims.as_float(test_set.images),
+    victim.masks,
+    test_set.ids,
+    pairs,
+    jax.random.key(experiment.seed),
+    experiment.threshold,
+  )
+
+
+def _attack_pairs(run, scene, name):
+  """Runs one attack on every batch that lacks a row or an image."""
+  size, total = run.experiment.attack_batch, len(scene.pairs.source)
+  recorded = _recorded(run, scene, name)
+  stored = {n for n in recorded if _image_path(run, name, n).exists()}
+  open_batches = [b for b in trials.batches(total, size) if not stored.issuperset(b)]
+  if not open_batches:
+    return
+  done = total - sum(map(len, open_batches))
+  with run.progress(name, total, done) as advance:
+    program = trials.compile_attack(scene, run.experiment.attacks[name], size)
+    for numbers in open_batches:
+      rows, images = trials.run_batch(scene, program, numbers, size)
+      for number, image in zip(numbers, images, strict=True):
+        _save_image(_image_path(run, name, number), image)
+      new = [{"attack": name, **row} for row in rows if row["pair"] not in recorded]
+      records.append_rows(run.folder / "rows.csv", new)
+      advance(len(numbers), f"IoU {np.mean([row['iou_8bit'] for row in rows]):.3f}")
+
+
+def _recorded(run, scene, name):
+  """Numbers of the pairs this attack has rows of; rows of other pairs are refused."""
+  recorded = set()
+  for row in _rows(run):
+    number, total = row["pair"], len(scene.pairs.source)
+    pair = trials.place(scene, number) if number < total else {}
+    if any(pair.get(end) != row[end] for end in ("source", "target")):
+      raise JobError(f"{run.folder}/rows.csv has rows of other pairs; delete it.")
+    if row["attack"] == name:
+      recorded.add(number)
+  return recorded
+
+
+def _rows(run):
+  """The rows as numbers, attacks in the order of the config, pairs in order."""
+  order = {name: i for i, name in enumerate(run.experiment.attacks)}
+  rows = [
+    {name: _number(name, value) for name, value in row.items()}
+    for row in records.read_rows(run.folder / "rows.csv")
+  ]
+  return sorted(rows, key=lambda row: (order[row["attack"]], row["pair"]))
+
+
+def _number(name, value):
+  if name in summaries.LABELS:
+    return value if name == "attack" else int(value)
+  return float(value)
+
+
+def _image_path(run, name, number):
+  return run.folder / "images" / name / f"{number:04d}.png"
+
+
+def _save_image(path, image):
+  file = io.BytesIO()
+  pixels = image.squeeze(-1) if image.shape[-1] == 1 else image
+  Image.fromarray(pixels).save(file, "PNG")
+  records.write_atomically(path, file.getvalue())
+
+
+def _read_image(path):
+  with Image.open(path) as image:
+    pixels = np.asarray(image)
+  return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _results(run, victim, scene, seconds):
+  rows, experiment = _rows(run), run.experiment
+  return {
+    "name": run.config.name,
+    "source": pathlib.Path(run.source).name,
+    "attacks": summaries.summarize(rows, baseline=experiment.baseline),
+    "baseline": experiment.baseline,
+    "pairs": len(scene.pairs.source),
+    "threshold": experiment.threshold,
+    "victim": victim.evaluation | run.victim,
+    "seed": experiment.seed,
+    "wall_seconds": seconds,
+    "attack_seconds": sum(row["seconds"] for row in rows),
+    "forwards": int(sum(row["forwards"] for row in rows)),
+    "backwards": int(sum(row["backwards"] for row in rows)),
+    "config": {"digest": run.config.digest, "text": run.config.text},
+    "settings": {k: v for k, v in run.settings.items() if k != "config"},
+    "versions": summaries.versions(),
+    "commit": summaries.commit(pathlib.Path(__file__).parent),
+    "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+  }
+
+
+def _write(run, victim, scene, results):
+  panels = list(_panels(run, victim, scene))
+  gallery = report.gallery(panels)
+  records.write_json(run.folder / "results.json", results)
+  records.write_atomically(run.folder / "gallery.png", gallery)
+  page = report.page(results, _rows(run), panels)
+  records.write_atomically(run.folder / "report.html", page)
+
+
+def _panels(run, victim, scene):
+  """What the gallery shows, from the files as stored."""
+  shown = range(min(run.experiment.gallery, len(scene.pairs.source)))
+  rows = {(row["attack"], row["pair"]): row for row in _rows(run)}
+  for name in run.experiment.attacks:
+    images = np.stack([_read_image(_image_path(run, name, n)) for n in shown])
+    after = victims.predictions(victim.predict, victim.variables, images)
+    for number in shown:
+      source, target = scene.pairs.source[number], scene.pairs.target[number]
+      yield report.Panel(
+        rows[name, number],
+        np.rint(255 * scene.images[source]).astype(np.uint8),
+        images[number],
+        scene.masks[target],
+        scene.masks[source],
+        after[number],
+      )

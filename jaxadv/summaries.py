@@ -1,0 +1,113 @@
+"""From rows to results: means with bootstrap intervals, paired ratios, versions."""
+
+import importlib.metadata
+import math
+import pathlib
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import jaxadv
+
+__all__ = ["LABELS", "commit", "interval", "ratios", "summarize", "versions"]
+
+# Columns that describe a row and are not averaged.
+LABELS = ("attack", "pair", "source", "target")
+_SUCCESS = "success_8bit"
+_RATIOS = ("l2_8bit", "linf_8bit", "low_band_8bit")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+Row = Mapping[str, Any]
+
+
+def interval(
+  values: Sequence[float], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, float | int | None]:
+  """The mean and its 95 % percentile bootstrap interval over the finite values.
+
+  Args:
+    values: one number per pair; non-finite ones are left out and not counted.
+    resamples: bootstrap resamples.
+    seed: of the resampling.
+
+  Returns:
+    `{"mean", "low", "high", "n"}`; `None` for the numbers when nothing is finite.
+
+  Example:
+    >>> interval([1.0, 1.0, 1.0])
+    {'mean': 1.0, 'low': 1.0, 'high': 1.0, 'n': 3}
+    >>> interval([])
+    {'mean': None, 'low': None, 'high': None, 'n': 0}
+
+  Reference: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13.
+  """
+  finite = np.asarray([v for v in values if math.isfinite(v)], float)
+  if not finite.size:
+    return {"mean": None, "low": None, "high": None, "n": 0}
+  picks = np.random.default_rng(seed).integers(0, finite.size, (resamples, finite.size))
+  low, high = np.percentile(finite[picks].mean(1), [2.5, 97.5])
+  mean = float(finite.mean())
+  return {"mean": mean, "low": float(low), "high": float(high), "n": int(finite.size)}
+
+
+def summarize(rows: Sequence[Row], *, baseline: str | None = None) -> dict[str, Any]:
+  """Means per attack, over all pairs and over the successes, and the paired ratios.
+
+  Args:
+    rows: numbers, with `attack`, `pair` and `success_8bit` among the columns.
+    baseline: the attack the ratios refer to.
+
+  Returns:
+    `{attack: {"all": {column: interval}, "successes": ..., "ratios": ...}}`.
+  """
+  summary = {}
+  for attack in dict.fromkeys(row["attack"] for row in rows):
+    mine = [row for row in rows if row["attack"] == attack]
+    won = [row for row in mine if row[_SUCCESS]]
+    summary[attack] = {"all": _means(mine), "successes": _means(won)}
+    if baseline is not None:
+      summary[attack]["ratios"] = ratios(rows, attack, baseline)
+  return summary
+
+
+def ratios(rows: Sequence[Row], attack: str, baseline: str) -> dict[str, Any]:
+  """Mean ratio to the baseline on the pairs where both succeed, for each distortion.
+
+  Example:
+    >>> rows = [
+    ...   {"attack": a, "pair": 0, "success_8bit": 1, "l2_8bit": l2, "linf_8bit": 1.0,
+    ...    "low_band_8bit": 1.0} for a, l2 in (("base", 2.0), ("new", 1.0))]
+    >>> ratios(rows, "new", "base")["l2_8bit"]
+    {'mean': 0.5, 'low': 0.5, 'high': 0.5, 'n': 1}
+  """
+  won = {(row["attack"], row["pair"]): row for row in rows if row[_SUCCESS]}
+  pairs = [p for a, p in won if a == attack and (baseline, p) in won]
+
+  def ratio(name, pair):
+    below = won[baseline, pair][name]
+    return won[attack, pair][name] / below if below else math.nan
+
+  return {name: interval([ratio(name, p) for p in pairs]) for name in _RATIOS}
+
+
+def versions() -> dict[str, str]:
+  """Versions of what the numbers depend on."""
+  others = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  return {"jaxadv": jaxadv.__version__} | others
+
+
+def commit(folder: pathlib.Path) -> str | None:
+  """The git commit of the checkout around `folder`, `-dirty` if changed, or `None`."""
+  command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+  except FileNotFoundError:  # no git on this machine
+    return None
+  return done.stdout.strip() or None
+
+
+def _means(rows):
+  names = [name for name in rows[0] if name not in LABELS] if rows else []
+  return {name: interval([float(row[name]) for row in rows]) for name in names}
