@@ -1,0 +1,321 @@
+"""Readers of one source each: `.npz` packs, folders of pictures, TFDS data sets.
+
+Everything read is checked before it is returned. Whatever is missing, torn or does not
+fit raises `FileNotFoundError` or `ValueError`, with the file and the remedy.
+"""
+
+import os
+import pathlib
+import zipfile
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+__all__ = ["Dataset", "load_folder", "load_npz", "load_tfds"]
+
+_SUFFIXES = ("", "_mask", "_segmentation", "_Segmentation")
+_TFDS_LABELS = ("segmentation_mask", "mask", "label")
+_MOST_CLASSES = 32  # above that, a mask holds grey values and not class indices
+
+
+class Dataset(NamedTuple):
+  """Images, their labels, and where they came from.
+
+  Attributes:
+    images: `(N, H, W, C)` or `(N, D, H, W, C)`, uint8 in 0..255 or float32 in [0, 1].
+    labels: int32 `(N,)` classes, `(N, L)` label sets, or `(N, H, W)` masks.
+    ids: `(N,)` int64, positions in the source, whatever the split.
+    names: N names at the source.
+    class_names: K names in index order.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  ids: np.ndarray
+  names: list[str]
+  class_names: tuple[str, ...]
+
+
+def load_npz(path: str | os.PathLike, *, split: str | None = None) -> Dataset:
+  """Loads a pack: `images` with `masks` or `labels`, or one volume `image` with a mask.
+
+  Optional arrays: `split` (a word per image), `ids` (names at the source) and
+  `class_names`.
+
+  Args:
+    path: `.npz` file; no pickled objects are read.
+    split: see `load`.
+
+  Returns:
+    A checked `Dataset`.
+
+  Raises:
+    FileNotFoundError, ValueError: see `load`.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no pack {path}.")
+  try:
+    with zipfile.ZipFile(path):  # np.load takes other kinds of file too
+      pass
+    with np.load(path, allow_pickle=False) as pack:
+      arrays = {name: pack[name] for name in pack.files}
+  except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+    raise ValueError(
+      f"{path} is torn or no .npz pack ({error}); copy or download it again."
+    ) from error
+  images, labels = _pack_arrays(path, arrays)
+  names = arrays.get("ids", np.arange(len(images))).astype(str).tolist()
+  dataset = _dataset(path, images, labels, names, arrays.get("class_names"))
+  return _take(dataset, _select(path, len(images), split, arrays.get("split")))
+
+
+def load_folder(
+  path: str | os.PathLike, *, split: str | None = None, size: int | None = None
+) -> Dataset:
+  """Loads `path/images/*` and `path/masks/*`, matched by file name without ending.
+
+  The mask of `a.jpg` is `a.png`, `a_mask.png` or `a_segmentation.png`. Masks hold class
+  indices, or 0 and 255 for two classes; colour palettes give their index.
+
+  Args:
+    path: the folder.
+    split: a subfolder `path/split/images` where there is one, else see `load`.
+    size: side to resize everything to (images bilinear, masks nearest); needed when the
+      sizes differ.
+
+  Returns:
+    A checked `Dataset`.
+
+  Raises:
+    FileNotFoundError, ValueError: see `load`.
+  """
+  path = pathlib.Path(path)
+  if split is not None and (path / split / "images").is_dir():
+    path, split = path / split, None
+  files = _files(path / "images")
+  masks = _files(path / "masks")
+  partners = [_partner(file, masks) for file in files.values()]
+  images = [_read(file, size, Image.Resampling.BILINEAR) for file in files.values()]
+  labels = [_read(file, size, Image.Resampling.NEAREST) for file in partners]
+  names = list(files)
+  mask_array = _as_classes(path, _stack(partners, labels))
+  stacked = _stack(list(files.values()), images)
+  dataset = _dataset(path, stacked, mask_array, names, None)
+  return _take(dataset, _select(path, len(names), split, None))
+
+
+def load_tfds(
+  name: str, *, split: str | None = None, data_dir: str | os.PathLike | None = None
+) -> Dataset:
+  """Loads a prepared TFDS data set; needs no TensorFlow.
+
+  Reads the feature `image`, and `segmentation_mask`, `mask` or `label`. Without
+  TensorFlow TFDS reads the array_record format only, so nothing is prepared here.
+
+  Args:
+    name: TFDS name, such as `"oxford_iiit_pet"` or `"mnist:3.0.1"`.
+    split: TFDS split, such as `"train[:80%]"`; `None` for all.
+    data_dir: where the data sets live; default as TFDS has it (`$TFDS_DATA_DIR`).
+
+  Returns:
+    A checked `Dataset`.
+
+  Raises:
+    FileNotFoundError: for an unknown name and for one that is not prepared on this
+      machine, with the command that prepares it.
+    ValueError: for an unknown split, features that do not fit, and as for `load`.
+  """
+  import tensorflow_datasets as tfds  # slow to import, and only wanted here
+
+  try:
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+  except tfds.core.registered.DatasetNotFoundError as error:
+    raise FileNotFoundError(f"TFDS has no data set {name!r}.") from error
+  if not builder.is_prepared():
+    raise FileNotFoundError(
+      f"TFDS data set {name!r} is not prepared in {builder.data_path}. With "
+      "pip install 'jaxadv[data]', run once: tensorflow_datasets.builder("
+      f"{name!r}, file_format='array_record').download_and_prepare()"
+    )
+  try:
+    records = builder.as_data_source(split=split or "all")
+  except NotImplementedError as error:
+    raise ValueError(f"TFDS data set {name!r}: {error}") from error
+  return _from_records(name, records, builder.info.features)
+
+
+def _pack_arrays(path, arrays):
+  """Images and labels of a pack; a volume becomes a batch of one."""
+  many, one = ("masks", "labels"), ("mask", "labels")
+  if "images" in arrays:
+    label = next((arrays[name] for name in many if name in arrays), None)
+    images = arrays["images"]
+  else:
+    label = next((arrays[name][None] for name in one if name in arrays), None)
+    images = arrays["image"][None] if "image" in arrays else None
+  if images is None or label is None:
+    raise ValueError(
+      f"{path} holds {', '.join(arrays) or 'nothing'}; a pack needs `images` with "
+      "`masks` or `labels`, or a volume `image` with `mask` or `labels`."
+    )
+  return images, label
+
+
+def _files(folder):
+  """Visible files by name without ending, in order."""
+  if not folder.is_dir():
+    raise FileNotFoundError(
+      f"there is no folder {folder}; put pictures into images/ and one mask each, of "
+      "the same name, into masks/."
+    )
+  files = sorted(f for f in folder.iterdir() if f.is_file() and f.name[0] != ".")
+  if not files:
+    raise FileNotFoundError(f"{folder} is empty.")
+  return {file.stem: file for file in files}
+
+
+def _partner(file, masks):
+  for suffix in _SUFFIXES:
+    if file.stem + suffix in masks:
+      return masks[file.stem + suffix]
+  raise FileNotFoundError(f"{file} has no mask; write masks/{file.stem}.png beside it.")
+
+
+def _read(file, size, how):
+  """Pixels of one picture as stored: uint8, palette indices, or float32 for 16 bits."""
+  try:
+    with Image.open(file) as opened:
+      picture = opened.copy()
+  except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    raise ValueError(f"{file} is torn or no picture ({error}).") from error
+  if how == Image.Resampling.BILINEAR and picture.mode not in ("L", "I;16", "I", "F"):
+    picture = picture.convert("RGB")
+  deep = picture.mode in ("I;16", "I")
+  picture = picture.convert("F") if deep else picture
+  picture = picture if size is None else picture.resize((size, size), how)
+  pixels = np.asarray(picture)
+  return pixels / np.float32(65535) if deep else pixels
+
+
+def _stack(places, arrays):
+  for place, array in zip(places, arrays, strict=True):
+    if array.shape != arrays[0].shape or array.dtype != arrays[0].dtype:
+      raise ValueError(
+        f"{place} is {array.dtype} {array.shape} but {places[0]} is {arrays[0].dtype} "
+        f"{arrays[0].shape}; bring all to one size and kind, or write "
+        "load_folder(path, size=128)."
+      )
+  return np.stack(arrays)
+
+
+def _as_classes(path, masks):
+  """Class indices; 0 and 255, and pictures with equal channels, are understood."""
+  if masks.ndim == 4:
+    colors = masks[..., :3]
+    if (colors != colors[..., :1]).any():
+      raise ValueError(
+        f"the masks in {path} are coloured; save class indices, or 0 and 255, as "
+        "greyscale PNG."
+      )
+    masks = masks[..., 0]
+  values = np.unique(masks)
+  if set(values.tolist()) <= {0, 255}:
+    return masks > 0
+  if values[-1] >= _MOST_CLASSES or masks.dtype == np.float32:
+    raise ValueError(
+      f"the masks in {path} hold grey values such as {values[-1]}; save class indices, "
+      "or 0 and 255, as PNG (JPEG smears them)."
+    )
+  return masks
+
+
+def _from_records(name, records, features):
+  key = next((key for key in _TFDS_LABELS if key in features), None)
+  if key is None or "image" not in features:
+    raise ValueError(
+      f"TFDS data set {name!r} has the features {', '.join(features)}; this needs "
+      f"`image` and one of {', '.join(_TFDS_LABELS)}."
+    )
+  images, labels = [], []
+  for record in records:
+    images.append(record["image"])
+    label = np.asarray(record[key])
+    labels.append(label[..., 0] if label.ndim == 3 else label)
+  places = [f"{name} {i}" for i in range(len(images))]
+  stacked = _stack(places, images), _stack(places, labels)
+  return _dataset(name, *stacked, places, getattr(features[key], "names", None))
+
+
+def _dataset(place, images, labels, names, class_names):
+  """The checked data set of a whole source."""
+  if images.ndim == 3:
+    images = images[..., None]
+  _check_images(place, images, labels)
+  is_set = labels.ndim == 2
+  known = None if class_names is None else len(class_names)
+  highest = int(labels.max())
+  classes = 2 if is_set else known or max(highest + 1, 2)
+  if labels.min() < 0 or highest >= classes:
+    wrong = highest if highest >= classes else labels.min()
+    raise ValueError(
+      f"{place} has label {wrong}, outside its {classes} classes 0..{classes - 1}; "
+      "mend the labels or `class_names`."
+    )
+  if known is None:
+    count = labels.shape[1] if is_set else classes
+    class_names = [f"class {k}" for k in range(count)]
+  ids = np.arange(len(images), dtype=np.int64)
+  return Dataset(
+    images, labels.astype(np.int32), ids, list(names), tuple(map(str, class_names))
+  )
+
+
+def _check_images(place, images, labels):
+  if images.ndim not in (4, 5) or len(images) == 0:
+    raise ValueError(f"{place} has images {images.shape}; write (N, H, W, C), N >= 1.")
+  if images.dtype not in (np.uint8, np.float32):
+    raise ValueError(f"{place} has {images.dtype} images; write uint8, or float32.")
+  if images.dtype == np.float32 and not (images.min() >= 0 and images.max() <= 1):
+    raise ValueError(
+      f"{place} has float32 images in [{images.min():g}, {images.max():g}]; scale them "
+      "to [0, 1]."
+    )
+  if not (labels.dtype == bool or np.issubdtype(labels.dtype, np.integer)):
+    raise ValueError(f"{place} has {labels.dtype} labels; write integer classes.")
+  if labels.ndim <= 2 and len(labels) == len(images):
+    return
+  if labels.shape != images.shape[:-1]:
+    raise ValueError(
+      f"{place} has images {images.shape} but labels {labels.shape}; every image needs "
+      "a class or a mask of its own size."
+    )
+
+
+def _select(place, total, split, words):
+  """Positions of a split; a source without split words gives every fifth to test."""
+  if split is None:
+    return np.arange(total)
+  if words is None:
+    if split not in ("train", "val", "test"):
+      raise ValueError(f'{place} has no split {split!r}; write "train" or "test".')
+    is_test = np.arange(total) % 5 == 4
+    chosen = np.flatnonzero(~is_test if split == "train" else is_test)
+  else:
+    chosen = np.flatnonzero(words == split)
+  if not len(chosen):
+    known = "too few images to split" if words is None else ", ".join(np.unique(words))
+    raise ValueError(f"{place} has no image in split {split!r}; it has {known}.")
+  return chosen
+
+
+def _take(dataset, places):
+  return Dataset(
+    dataset.images[places],
+    dataset.labels[places],
+    dataset.ids[places],
+    [dataset.names[place] for place in places],
+    dataset.class_names,
+  )
