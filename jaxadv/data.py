@@ -2,8 +2,8 @@
 
 A source is a `.npz` pack, a folder of `images/` and `masks/`, a TFDS data set, or
 nothing at all, which gives synthetic phantoms. Images stay as stored; `batches` scales
-them to float32 in [0, 1]. Whatever is missing, torn or does not fit raises before any work
-starts, `FileNotFoundError` or `ValueError`, and names the file and the remedy.
+them to float32 in [0, 1]. Whatever is missing, torn or does not fit raises before any
+work starts, `FileNotFoundError` or `ValueError`, and names the file and the remedy.
 """
 
 import os
