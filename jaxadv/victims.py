@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import checkpoints, data, loops, masks, training
+from jaxadv import checkpoints, data, loops, masks, metrics, training
 from jaxadv.experiments import Experiment
 from jaxadv.progress import Progress, silent
 
@@ -94,10 +94,12 @@ def train(
   Raises:
     ValueError: for a torn checkpoint, or one of another model.
   """
-  state = _start(experiment, dataset)
   done = checkpoints.latest(folder)
-  if done is not None:
-    state = checkpoints.restore(folder, state)
+  start = functools.partial(_start, experiment, dataset)
+  if done is None:
+    state = jax.jit(start)()
+  else:
+    state = checkpoints.restore(folder, jax.eval_shape(start))
   left = experiment.train_steps - (done or 0)
   if left > 0:
     state = _fit(experiment, dataset, folder, state, left, progress)
@@ -156,21 +158,15 @@ def evaluate(prediction: np.ndarray, dataset: data.Dataset) -> dict[str, float]:
   num_classes = len(dataset.class_names)
 
   def one(mask, label):
-    return (
-      masks.iou(mask, label, num_classes),
-      1 - _dice_loss(mask, label, num_classes),
-      masks.pixel_accuracy(mask, label),
-    )
+    return {
+      "iou": masks.iou(mask, label, num_classes),
+      "dice": metrics.dice(mask, label, num_classes),
+      "pixel_accuracy": masks.pixel_accuracy(mask, label),
+    }
 
-  iou, dice, accuracy = jax.jit(jax.vmap(one))(prediction, dataset.labels)
-  means = {"iou": iou, "dice": dice, "pixel_accuracy": accuracy}
-  return {name: float(value.mean()) for name, value in means.items()} | {
-    "images": len(prediction)
-  }
-
-
-def _dice_loss(mask, label, num_classes):
-  return training.soft_dice(1e4 * jax.nn.one_hot(mask, num_classes), label, smooth=1e-6)
+  measured = jax.jit(jax.vmap(one))(prediction, dataset.labels)
+  means = {name: float(value.mean()) for name, value in measured.items()}
+  return means | {"images": len(prediction)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -184,7 +180,7 @@ def _logits(out):
 
 def _start(experiment, dataset):
   key = jax.random.key(experiment.seed)
-  variables = dict(jax.jit(experiment.model.init)(key, _example(dataset)))
+  variables = dict(experiment.model.init(key, _example(dataset)))
   params = variables.pop("params")
   return training.init_state(key, params, variables, experiment.optimizer)
 
