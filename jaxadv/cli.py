@@ -72,19 +72,19 @@ def _show(run, results, command):
   from jaxadv import report
 
   if command == "attack":
-    heads, lines = report.table(results)
+    heads, lines = report.table(results, intervals=False)
   else:
     heads, lines = ["victim"], [[run.config.name]]
     heads += [name.replace("_", " ") for name in results]
     lines[0] += [f"{value:.4g}" for value in results.values()]
-  shown = table.Table(box=box.SIMPLE_HEAD)
+  shown = table.Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
   for i, head in enumerate(heads):
     shown.add_column(head, justify="right" if i else "left")
   for line in lines:
     shown.add_row(*line)
   # A pipe has no width of its own; eighty columns would break the table.
-  wide = console.Console(width=None if sys.stdout.isatty() else 160)
-  wide.print(shown)
+  width = None if sys.stdout.isatty() else 120
+  console.Console(width=width).print(shown)
   name = "report.html" if command == "attack" else "victim/results.json"
   print(f"results: {(run.folder / name).resolve()}")
 
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_options(command):
   command.add_argument("config", metavar="CONFIG", help="such as configs/demo.py")
-  command.add_argument("--data", help="pack, folder or tfds:NAME to use instead")
+  command.add_argument("--data", help="pack, folder, tfds:NAME or phantoms")
   command.add_argument(
     "--out", help="folder of the run [runs/NAME]; an interrupted run resumes"
   )

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+import jaxadv
 from jaxadv import data, records, report, summaries, trials, victims
 from jaxadv.experiments import Config, Experiment, load_config
 from jaxadv.progress import Progress, silent
@@ -119,6 +120,8 @@ def prepare(
     "threshold": experiment.threshold,
     "max_initial_iou": experiment.max_initial_iou,
     "test_data": victims.fingerprint(test_set),
+    "jaxadv": jaxadv.__version__,
+    "jax": jax.__version__,
   }
   return Run(
     config, experiment, name, train_set, test_set, folder, victim, settings, progress
@@ -171,7 +174,7 @@ def _load(experiment, source):
 
 def _available(source):
   """The source as `data.load` takes it, or `None` when it is not on this machine."""
-  if source is None:
+  if source in (None, "phantoms"):
     return "phantoms"
   if source.startswith("tfds:"):
     return source

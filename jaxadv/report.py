@@ -92,10 +92,13 @@ def amplified(clean: np.ndarray, attacked: np.ndarray) -> tuple[np.ndarray, int]
   return np.clip(128 + factor * delta, 0, 255).astype(np.uint8), factor
 
 
-def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(
+  results: Mapping[str, Any], *, intervals: bool = True
+) -> tuple[list[str], list[list[str]]]:
   """Headings and cells of the summary: one line per attack, means over all pairs.
 
-  Ratios to the baseline are over the pairs where both succeed.
+  Ratios to the baseline are over the pairs where both succeed, with their `intervals`
+  where there is room for them.
   """
   heads = ["attack", "success"] + [title for title, _ in COLUMNS.values()]
   baseline = results["baseline"]
@@ -107,7 +110,8 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     cells = [name, _number(means["success_8bit"]["mean"], 2)]
     cells += [_number(means[column]["mean"], d) for column, (_, d) in COLUMNS.items()]
     if baseline is not None:
-      cells += [_spread(summary["ratios"][key]) for key in ("l2_8bit", "linf_8bit")]
+      ratios = [summary["ratios"][key] for key in ("l2_8bit", "linf_8bit")]
+      cells += [_spread(r) if intervals else _number(r["mean"]) for r in ratios]
     lines.append(cells)
   return heads, lines
 

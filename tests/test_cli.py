@@ -15,16 +15,19 @@ from jaxadv.experiments import Experiment
 from jaxadv.models.unet import UNet
 
 def get_config(*, quick=False):
-  return Experiment(model=UNet(width=4, depth=2), optimizer=optax.adam(1e-2),
-                    data=(None,), train_steps=2, batch_size=2, num_pairs=1,
+  return Experiment(model=UNet(width=4, depth=1), optimizer=optax.adam(1e-2),
+                    data=("PACK",), train_steps=2, batch_size=2, num_pairs=1,
                     attacks={"none": combine.identity}, max_initial_iou=1.0)
 """
 
+# Some runs below compile the same programs.
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, discs):
   path = tmp_path / "small.py"
-  path.write_text(GOOD)
+  path.write_text(GOOD.replace("PACK", str(discs)))
   return str(path)
 
 

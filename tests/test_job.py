@@ -40,46 +40,13 @@ def get_config(*, quick=False):
 """
 TIMES = ("seconds",)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """The runs below compile the same programs again and again: keep them."""
-  settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in settings.items():
-      patch.setenv(name.upper(), str(value))
-      jax.config.update(name, value)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+# The runs below compile the same programs again and again.
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-  """Bright discs on a dark ground, 32 pixels: learned in a few steps."""
-  path = tmp_path_factory.mktemp("pack") / "discs.npz"
-  rng = np.random.default_rng(0)
-  y, x = np.mgrid[:32, :32]
-  row, column = rng.uniform(8, 24, (2, 32, 1, 1))
-  masks = (y - row) ** 2 + (x - column) ** 2 < rng.uniform(4, 8, (32, 1, 1)) ** 2
-  images = 80 + 100 * masks + rng.normal(0, 12, masks.shape)
-  np.savez(
-    path,
-    images=images[..., None].clip(0, 255).astype(np.uint8),
-    masks=masks.astype(np.uint8),
-    split=np.array(["train"] * 24 + ["test"] * 8),
-    ids=np.arange(32).astype(str),
-    class_names=np.array(["ground", "disc"]),
-  )
-  return path
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory, pack):
-  return write_config(tmp_path_factory.mktemp("config"), pack, num_steps=20)
+def config(tmp_path_factory, discs):
+  return write_config(tmp_path_factory.mktemp("config"), discs, num_steps=20)
 
 
 def write_config(folder, pack, *, num_steps):
@@ -190,8 +157,8 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
   return target
 
 
-def test_a_killed_run_ends_with_the_same_rows(tmp_path, pack):
-  config = write_config(tmp_path, pack, num_steps=200)
+def test_a_killed_run_ends_with_the_same_rows(tmp_path, discs):
+  config = write_config(tmp_path, discs, num_steps=200)
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   checkpoints = killed / "victim" / "checkpoints"
   moments = [
@@ -231,12 +198,12 @@ def kill_at(moment, config, folder):
   assert process.wait() == -signal.SIGKILL
 
 
-def test_another_run_in_the_folder_is_refused(finished, pack, tmp_path):
+def test_another_run_in_the_folder_is_refused(finished, discs, tmp_path):
   folder = copy(finished[0], tmp_path / "copy")
-  other = write_config(tmp_path, pack, num_steps=21)
+  other = write_config(tmp_path, discs, num_steps=21)
   with pytest.raises(records.RecordError, match=r"num_steps=20.* \| .*num_steps=21"):
     job.attack(job.prepare(other, out=folder))
-  write_config(tmp_path, pack, num_steps=20)
+  write_config(tmp_path, discs, num_steps=20)
   with pytest.raises(records.RecordError, match="seed was 0, is 1"):
     job.attack(job.prepare(other, out=folder, overrides={"seed": 1}))
   with pytest.raises(records.RecordError, match="train_steps was 24, is 5"):

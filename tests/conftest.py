@@ -1,0 +1,41 @@
+"""Fixtures shared by the tests of the main job and the command line."""
+
+import jax
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def discs(tmp_path_factory):
+  """A pack of bright discs on a dark ground, 32 pixels: learned in a few steps."""
+  path = tmp_path_factory.mktemp("pack") / "discs.npz"
+  rng = np.random.default_rng(0)
+  y, x = np.mgrid[:32, :32]
+  row, column = rng.uniform(8, 24, (2, 32, 1, 1))
+  masks = (y - row) ** 2 + (x - column) ** 2 < rng.uniform(4, 8, (32, 1, 1)) ** 2
+  images = 80 + 100 * masks + rng.normal(0, 12, masks.shape)
+  np.savez(
+    path,
+    images=images[..., None].clip(0, 255).astype(np.uint8),
+    masks=masks.astype(np.uint8),
+    split=np.array(["train"] * 24 + ["test"] * 8),
+    ids=np.arange(32).astype(str),
+    class_names=np.array(["ground", "disc"]),
+  )
+  return path
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+  """Keeps compiled programs, here and in processes started from here."""
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in settings.items():
+      patch.setenv(name.upper(), str(value))
+      jax.config.update(name, value)
+    yield
+  jax.config.update("jax_compilation_cache_dir", None)
