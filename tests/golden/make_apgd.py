@@ -61,7 +61,7 @@ def main(path: str) -> None:
         attack = apgd.APGD(
           network, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, steps=steps
         )
-        torch.rand = torch.randn = lambda *_: draw.clone()
+        torch.rand = torch.randn = lambda *_, draw=draw: draw.clone()
         best, _, loss, _ = attack.attack_single_run(images, labels)
         torch.rand, torch.randn = RAND, RANDN
         out[f"{norm}_{eps}_{steps}_image"] = to_ours(best)
