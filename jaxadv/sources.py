@@ -240,13 +240,22 @@ def _from_records(name, records, features):
       f"`image` and one of {', '.join(_TFDS_LABELS)}."
     )
   images, labels = [], []
-  for record in records:
+  for record in _all(name, records):
     images.append(record["image"])
     label = np.asarray(record[key])
     labels.append(label[..., 0] if label.ndim == 3 else label)
   places = [f"{name} {i}" for i in range(len(images))]
   stacked = _stack(places, images), _stack(places, labels)
   return _dataset(name, *stacked, places, getattr(features[key], "names", None))
+
+
+def _all(name, records):
+  try:
+    return list(records)
+  except (RuntimeError, OSError, ValueError) as error:
+    raise ValueError(
+      f"the files of TFDS data set {name!r} are torn ({error}); prepare it again."
+    ) from error
 
 
 def _dataset(place, images, labels, names, class_names):

@@ -5,6 +5,8 @@ uneven light, hairs, noise) and nothing else. Use them to run the code without a
 never to draw conclusions about medicine.
 """
 
+import itertools
+
 import numpy as np
 
 __all__ = ["phantom"]
@@ -92,16 +94,20 @@ def _with_hairs(rng, image):
   row, col = _grid(size)
   for _ in range(rng.integers(0, 7)):
     ends, bend = rng.uniform(-1, 1, (2, 2)), rng.normal(0, 0.2, 2)
-    t = np.linspace(0, 1, 2 * size)[:, None]
+    t = np.linspace(0, 1, 17)[:, None]
     path = ends[0] + t * (ends[1] - ends[0]) + 4 * t * (1 - t) * bend
-    distance = np.full((size, size), np.inf)
-    for point in path:
-      near = (row - point[0]) ** 2 + (col - point[1]) ** 2
-      distance = np.minimum(distance, near)
+    near = [_to_segment(row, col, a, b) for a, b in itertools.pairwise(path)]
     width = rng.uniform(0.5, 1.0) * 2 / size
-    cover = rng.uniform(0.5, 0.9) * np.exp(-distance / width**2)
+    cover = rng.uniform(0.5, 0.9) * np.exp(-np.min(near, 0) / width**2)
     image = image + cover[..., None] * (_HAIR - image)
   return image
+
+
+def _to_segment(row, col, start, end):
+  """Squared distance of every pixel to the segment between two points."""
+  row, col, way = row - start[0], col - start[1], end - start
+  along = np.clip((row * way[0] + col * way[1]) / (way @ way + 1e-12), 0, 1)
+  return (row - along * way[0]) ** 2 + (col - along * way[1]) ** 2
 
 
 def _sigmoid(value):

@@ -1,0 +1,188 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxadv.models import convolution
+from tests import helpers
+
+LAYOUTS = {
+  1: ("NWC", "WIO", "NWC"),
+  2: ("NHWC", "HWIO", "NHWC"),
+  3: ("NDHWC", "DHWIO", "NDHWC"),
+}
+# side of the image, of the kernel, stride: among them a kernel larger than the image,
+# of one pixel, and shorter than its stride
+CASES = [(8, 3, 1), (8, 3, 2), (7, 2, 3), (5, 1, 2), (2, 3, 1), (3, 2, 2)]
+PADDINGS = {
+  "same": lambda rank: "SAME",
+  "valid": lambda rank: "VALID",
+  "lopsided": lambda rank: [(2, 1)] * rank,
+  "beyond the kernel": lambda rank: [(4, 0)] * rank,
+}
+
+
+def _arrays(rank, side, window, dtype=np.float64):
+  rng = np.random.default_rng(rank + side + window)
+  image = rng.normal(size=(2, *(side + k for k in range(rank)), 3))
+  kernel = rng.normal(size=(window,) * rank + (3, 2)) / window**rank
+  return jnp.asarray(image, dtype), jnp.asarray(kernel, dtype)
+
+
+def _results(conv, image, kernel, stride, padding):
+  """Output and both gradients for one cotangent."""
+  rank = image.ndim - 2
+
+  def apply(image, kernel):
+    layout = LAYOUTS[rank]
+    return conv(image, kernel, (stride,) * rank, padding, dimension_numbers=layout)
+
+  out, pull = jax.vjp(apply, image, kernel)
+  cotangent = np.random.default_rng(0).normal(size=out.shape)
+  return out, *pull(jnp.asarray(cotangent, out.dtype))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_gradients_are_those_of_autodiff_in_float64(rank, padding):
+  padding = PADDINGS[padding](rank)
+  cases = [case for case in CASES if padding != "VALID" or case[0] >= case[1]]
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def all_results(conv, arrays):
+    strides = [stride for _, _, stride in cases]
+    return [
+      _results(conv, *pair, stride, padding)
+      for pair, stride in zip(arrays, strides, strict=True)
+    ]
+
+  with helpers.x64():
+    arrays = [_arrays(rank, *case[:2]) for case in cases]
+    got = all_results(convolution.conv_general_dilated, arrays)
+    want = all_results(lax.conv_general_dilated, arrays)
+  assert got[0][0].dtype == np.float64
+  helpers.assert_trees_close(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  ("side", "window", "stride"), [(16, 3, 1), (15, 3, 2), (2, 3, 1)]
+)
+def test_gradients_are_those_of_autodiff_in_float32(side, window, stride):
+  image, kernel = _arrays(2, side, window, np.float32)
+  want = _results(lax.conv_general_dilated, image, kernel, stride, "SAME")
+  got = _results(convolution.conv_general_dilated, image, kernel, stride, "SAME")
+  helpers.assert_trees_close(got, want, atol=1e-5)
+
+
+def test_second_derivatives():
+  image, kernel = _arrays(2, 5, 3, np.float32)
+
+  def energy(conv, image):
+    layout = LAYOUTS[2]
+    return (conv(image, kernel, (2, 2), "SAME", dimension_numbers=layout) ** 3).sum()
+
+  def curvature(conv):
+    slope = lambda image: (jax.grad(energy, 1)(conv, image) ** 2).sum()
+    return jax.grad(slope)(image)
+
+  ours = curvature(convolution.conv_general_dilated)
+  helpers.assert_trees_close(ours, curvature(lax.conv_general_dilated), atol=1e-4)
+
+
+def test_bfloat16_stays_bfloat16():
+  image, kernel = _arrays(2, 8, 3, jnp.bfloat16)
+  got = _results(convolution.conv_general_dilated, image, kernel, 1, "SAME")
+  want = _results(lax.conv_general_dilated, image, kernel, 1, "SAME")
+  assert {part.dtype for part in got} == {jnp.dtype(jnp.bfloat16)}
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0.05, atol=0.1)
+
+
+def test_maps_over_images_and_over_kernels():
+  image, kernel = _arrays(2, 8, 3, np.float32)
+  images, kernels = jnp.stack([image, 2 * image]), jnp.stack([kernel, -kernel])
+
+  def gradient(conv, image, kernel):
+    return _results(conv, image, kernel, 1, "SAME")[1:]
+
+  ours = jax.vmap(lambda *a: gradient(convolution.conv_general_dilated, *a))
+  want = jax.vmap(lambda *a: gradient(lax.conv_general_dilated, *a))
+  helpers.assert_trees_close(ours(images, kernels), want(images, kernels), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"feature_group_count": 3, "rhs_dilation": (2, 2)},
+    {"lhs_dilation": (2, 2), "padding": [(1, 1), (1, 2)]},
+    {"preferred_element_type": jnp.float32},
+  ],
+)
+def test_what_has_no_rule_goes_to_lax(options):
+  groups = options.get("feature_group_count", 1)
+  image = _arrays(2, 8, 3, np.float32)[0]
+  kernel = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 3 // groups, 6)))
+  options = {"padding": "SAME", "dimension_numbers": LAYOUTS[2]} | options
+  arguments = (image, kernel.astype(jnp.float32), (1, 1))
+  got = convolution.conv_general_dilated(*arguments, **options)
+  helpers.assert_trees_equal(got, lax.conv_general_dilated(*arguments, **options))
+
+
+def test_channels_first_goes_to_lax():
+  image, kernel = jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3))
+  got = convolution.conv_general_dilated(image, kernel, (1, 1), "VALID")
+  assert got.shape == (1, 4, 6, 6)
+
+
+def test_wrong_channels_raise_as_in_lax():
+  image, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 4, 2))
+  with pytest.raises(ValueError, match="feature"):
+    convolution.conv_general_dilated(
+      image, kernel, (1, 1), "SAME", dimension_numbers=LAYOUTS[2]
+    )
+
+
+def test_flax_takes_it():
+  image = _arrays(2, 8, 3, np.float32)[0]
+  ours = nn.Conv(4, (3, 3), conv_general_dilated=convolution.conv_general_dilated)
+  variables = ours.init(jax.random.key(0), image)
+  want = nn.Conv(4, (3, 3)).apply(variables, image)
+  helpers.assert_trees_equal(ours.apply(variables, image), want)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (2, 7, 5, 3), (1, 4, 6, 4, 2)])
+def test_max_pool_equals_reduce_window_bit_for_bit(shape):
+  rank = len(shape) - 2
+  # few distinct values, so that most windows hold ties
+  image = jnp.asarray(np.random.default_rng(0).integers(0, 3, shape), jnp.float32)
+  window = (2,) * rank
+  ours, our_pull = jax.vjp(convolution.max_pool, image)
+  want, pull = jax.vjp(lambda x: nn.max_pool(x, window, window), image)
+  cotangent = jnp.asarray(np.random.default_rng(1).normal(size=want.shape), jnp.float32)
+  helpers.assert_trees_equal((ours, *our_pull(cotangent)), (want, *pull(cotangent)))
+
+
+def test_max_pool_of_negative_and_nan_values():
+  image = jnp.array([[-3.0, -1.0], [-2.0, jnp.nan]]).reshape(1, 2, 2, 1)
+  assert jnp.isnan(convolution.max_pool(image)).all()
+  assert convolution.max_pool(-jnp.ones((1, 2, 2, 1))).item() == -1
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_depth_to_space_after_a_product_is_a_transposed_convolution(rank):
+  image, _ = _arrays(rank, 3, 2, np.float32)
+  kernel = np.random.default_rng(2).normal(size=(2,) * rank + (3, 5))
+  kernel = jnp.asarray(kernel, jnp.float32)
+  layout = LAYOUTS[rank]
+  want = lax.conv_transpose(
+    image, kernel, (2,) * rank, "VALID", dimension_numbers=layout
+  )
+  # conv_transpose correlates: tap 0 lands on the last pixel of a block
+  taps = jnp.flip(kernel, range(rank))
+  matrix = jnp.moveaxis(taps, -2, 0).reshape(3, -1)
+  got = convolution.depth_to_space(image @ matrix, (2,) * rank)
+  helpers.assert_trees_close(got, want, atol=1e-5)

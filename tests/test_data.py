@@ -1,0 +1,407 @@
+import io
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxadv import data, masks
+
+SEGMENTATION = {  # images of the whole pack, classes
+  "polyp_kvasir_seg_128": (300, 2),
+  "fundus_idrid_optic_disc_128": (54, 2),
+  "nuclei_dsb2018_128": (291, 2),
+  "wbc_3class_seg_120": (160, 3),
+}
+
+
+def _pack(path, **changes):
+  """A small valid pack, with some arrays changed or (`None`) left out."""
+  rng = np.random.default_rng(0)
+  arrays = {
+    "images": rng.integers(0, 256, (10, 8, 8, 3)).astype(np.uint8),
+    "masks": rng.integers(0, 2, (10, 8, 8)).astype(np.uint8),
+    "split": np.array(["train"] * 7 + ["test"] * 3),
+    "ids": np.array([f"case {n}" for n in range(10)]),
+    "class_names": np.array(["background", "lesion"]),
+  } | changes
+  np.savez(path, **{name: a for name, a in arrays.items() if a is not None})
+  return path
+
+
+def _folder(path, *, masks=(0, 255), size=(8, 8), suffix="", count=5):
+  for sub in ("images", "masks"):
+    (path / sub).mkdir(parents=True)
+  for n in range(count):
+    pixels = np.full((*size, 3), 10 * n, np.uint8)
+    Image.fromarray(pixels).save(path / "images" / f"p{n}.jpg")
+    mask = np.full(size, masks[0], np.uint8)
+    mask[: size[0] // 2] = masks[-1]
+    Image.fromarray(mask).save(path / "masks" / f"p{n}{suffix}.png")
+  return path
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_real_packs(name):
+  try:
+    path = data.resolve(name)
+  except FileNotFoundError:
+    pytest.skip(f"the data pack {name} is not on this machine")
+  total, classes = SEGMENTATION[name]
+  whole, train = data.load(path), data.load(path, split="train")
+  assert whole.images.dtype == np.uint8
+  assert (
+    whole.labels.shape == whole.images.shape[:-1] == (total, *whole.images.shape[1:3])
+  )
+  assert len(whole.class_names) == classes == whole.labels.max() + 1
+  assert 0 < len(train.images) < total
+  np.testing.assert_array_equal(whole.images[train.ids], train.images)
+  assert [whole.names[i] for i in train.ids] == train.names
+
+
+def test_real_volume_and_label_set():
+  try:
+    volume = data.load("vol_pyradiomics_brain1_mri")
+    findings = data.load("cxr_nih14_multilabel_128", split="test")
+  except FileNotFoundError:
+    pytest.skip("the data packs are not on this machine")
+  assert volume.images.shape == (1, 128, 128, 25, 1)
+  assert volume.labels.shape == (1, 128, 128, 25)
+  assert findings.labels.shape == (163, 14)
+  assert len(findings.class_names) == 14
+
+
+def test_a_split_of_a_pack_keeps_ids_and_names(tmp_path):
+  dataset = data.load(_pack(tmp_path / "pack.npz"), split="test")
+  assert dataset.ids.tolist() == [7, 8, 9]
+  assert dataset.names == ["case 7", "case 8", "case 9"]
+  assert dataset.class_names == ("background", "lesion")
+
+
+def test_a_pack_without_words_is_split_by_position(tmp_path):
+  path = _pack(tmp_path / "pack.npz", split=None, class_names=None)
+  assert data.load(path, split="test").ids.tolist() == [4, 9]
+  assert data.load(path, split="train").ids.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+  assert data.load(path).class_names == ("class 0", "class 1")
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"masks": np.full((10, 8, 8), 2)}, "label 2, outside its 2 classes"),
+    ({"masks": np.full((10, 8, 8), -1)}, "label -1, outside"),
+    ({"masks": np.zeros((10, 8, 9), int)}, "mask of its own size"),
+    ({"masks": np.zeros((9, 8, 8), int)}, "mask of its own size"),
+    ({"masks": np.zeros((10, 8, 8))}, "float64 labels"),
+    ({"masks": None}, "a pack needs `images` with `masks`"),
+    ({"images": np.full((10, 8, 8, 1), 200.0, np.float32)}, r"\[200, 200\]"),
+    ({"images": np.full((10, 8, 8, 1), np.nan, np.float32)}, "nan"),
+    ({"images": np.zeros((10, 8, 8, 1), np.int64)}, "int64 images"),
+    ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "N >= 1"),
+  ],
+)
+def test_packs_that_do_not_fit_are_refused(tmp_path, changes, message):
+  path = _pack(tmp_path / "pack.npz", **changes)
+  with pytest.raises(ValueError, match=message) as error:
+    data.load(path)
+  assert str(path) in str(error.value)
+
+
+def test_an_unknown_split_is_refused(tmp_path):
+  path = _pack(tmp_path / "pack.npz")
+  with pytest.raises(ValueError, match="no image in split 'val'; it has test, train"):
+    data.load(path, split="val")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty"])
+def test_a_torn_pack_is_named(tmp_path, damage):
+  path = _pack(tmp_path / "pack.npz")
+  content = bytearray(path.read_bytes())
+  if damage == "flip":
+    content[500] ^= 255
+  kept = {"cut": content[:-200], "text": b"not a pack", "empty": b""}
+  path.write_bytes(kept.get(damage, content))
+  with pytest.raises(ValueError, match=r"pack\.npz is torn or no \.npz pack"):
+    data.load(path)
+
+
+def test_pickled_objects_are_not_read(tmp_path):
+  path = _pack(tmp_path / "pack.npz", ids=np.array([{}] * 10, object))
+  with pytest.raises(ValueError, match="torn or no"):
+    data.load(path)
+
+
+def test_a_missing_pack_says_where_it_was_looked_for(tmp_path, monkeypatch):
+  monkeypatch.setenv("JAXADV_DATA", str(tmp_path / "packs"))
+  with pytest.raises(FileNotFoundError, match="looked at") as error:
+    data.load("no_such_pack")
+  assert str(tmp_path / "packs" / "no_such_pack.npz") in str(error.value)
+  with pytest.raises(FileNotFoundError):
+    data.load_npz(tmp_path / "gone.npz")
+
+
+def test_resolve_prefers_given_roots(tmp_path, monkeypatch):
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    _pack(tmp_path / name / "pack.npz")
+  monkeypatch.setenv("JAXADV_DATA", str(tmp_path / "b"))
+  assert data.resolve("pack") == tmp_path / "b" / "pack.npz"
+  assert data.resolve("pack.npz", [tmp_path / "a"]) == tmp_path / "a" / "pack.npz"
+  assert data.resolve(tmp_path / "a") == tmp_path / "a"
+
+
+@pytest.mark.parametrize("suffix", ["", "_mask", "_Segmentation"])
+def test_a_folder_with_masks_of_0_and_255(tmp_path, suffix):
+  dataset = data.load(_folder(tmp_path, suffix=suffix))
+  assert dataset.images.shape == (5, 8, 8, 3)
+  assert dataset.names == ["p0", "p1", "p2", "p3", "p4"]
+  assert dataset.labels[:, :4].min() == dataset.labels.max() == 1
+  assert dataset.labels[:, 4:].max() == 0
+  assert data.load(tmp_path, split="test").names == ["p4"]
+
+
+def test_a_folder_with_class_indices_and_split_folders(tmp_path):
+  _folder(tmp_path / "train", masks=(0, 2), count=3)
+  _folder(tmp_path / "test", masks=(1, 2), count=2)
+  assert len(data.load(tmp_path, split="train").class_names) == 3
+  assert len(data.load(tmp_path, split="test").images) == 2
+
+
+def test_a_folder_resized_and_one_of_16_bits(tmp_path):
+  folder = _folder(tmp_path / "a")
+  Image.new("L", (12, 10)).save(folder / "images" / "p0.jpg")
+  Image.new("L", (12, 10)).save(folder / "masks" / "p0.png")
+  with pytest.raises(ValueError, match=r"p1\.png is .* load_folder"):
+    data.load(folder)
+  Image.new("RGB", (12, 10)).save(folder / "images" / "p0.jpg")
+  assert data.load_folder(folder, size=16).labels.shape == (5, 16, 16)
+  deep = _folder(tmp_path / "b", count=1)
+  (deep / "images" / "p0.jpg").unlink()
+  pixels = np.full((8, 8), 65535, np.uint16)
+  Image.fromarray(pixels).save(deep / "images" / "p0.png")
+  assert data.load(deep).images.tolist() == np.ones((1, 8, 8, 1)).tolist()
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match="put pictures into images/"):
+    data.load(tmp_path)
+  folder = _folder(tmp_path / "a", masks=(0, 87))
+  with pytest.raises(ValueError, match="grey values such as 87"):
+    data.load(folder)
+  (folder / "masks" / "p3.png").unlink()
+  with pytest.raises(FileNotFoundError, match=r"p3\.jpg has no mask"):
+    data.load(folder)
+  folder = _folder(tmp_path / "b")
+  torn = folder / "masks" / "p2.png"
+  torn.write_bytes(torn.read_bytes()[:40])
+  with pytest.raises(ValueError, match=r"p2\.png is torn or no picture"):
+    data.load(folder)
+  folder = _folder(tmp_path / "c")
+  Image.new("RGB", (8, 8), (255, 0, 0)).save(folder / "masks" / "p0.png")
+  with pytest.raises(ValueError, match=r"p1\.png is"):
+    data.load(folder)
+
+
+def _prepare_tfds(folder, sides=(8, 8, 8)):
+  """Writes a TFDS data set in array_record format; needs no TensorFlow either."""
+  tfds = pytest.importorskip("tensorflow_datasets")
+
+  def stored(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    file.seek(0)
+    return file
+
+  class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "mask": tfds.features.Image(shape=(None, None, 1)),
+      }
+      features = tfds.features.FeaturesDict(features)
+      return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, manager):
+      del manager
+      return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+      for n, side in enumerate(sides):
+        mask = np.zeros((side, side), np.uint8)
+        mask[:n] = 1
+        image = np.full((side, side, 3), n, np.uint8)
+        yield n, {"image": stored(image), "mask": stored(mask)}
+
+  tfds.disable_progress_bar()
+  Tiny(data_dir=str(folder), file_format="array_record").download_and_prepare()
+
+
+@pytest.mark.filterwarnings("ignore")  # TFDS and its readers warn on their own account
+def test_tfds_is_read_without_tensorflow(tmp_path, monkeypatch):
+  _prepare_tfds(tmp_path)
+  dataset = data.load_tfds("tiny", data_dir=tmp_path)
+  order = dataset.images[:, 0, 0, 0]
+  assert sorted(order) == [0, 1, 2]
+  np.testing.assert_array_equal(dataset.labels.sum((1, 2)), 8 * order)
+  part = data.load_tfds("tiny", data_dir=tmp_path, split="train[:2]")
+  np.testing.assert_array_equal(part.images, dataset.images[:2])
+  with pytest.raises(ValueError, match="'test'"):
+    data.load_tfds("tiny", data_dir=tmp_path, split="test")
+  code = (
+    "import sys; from jaxadv import data; d = data.load('tfds:tiny', split='train'); "
+    "print(d.images.shape, 'tensorflow' in sys.modules)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env=os.environ | {"TFDS_DATA_DIR": str(tmp_path)},
+    cwd=pathlib.Path(__file__).parents[1],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.strip() == "(3, 8, 8, 3) False"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tfds_sets_that_cannot_be_read(tmp_path):
+  _prepare_tfds(tmp_path, sides=(8, 9))
+  with pytest.raises(ValueError, match="bring all to one size"):
+    data.load_tfds("tiny", data_dir=tmp_path)
+  with pytest.raises(FileNotFoundError, match="TFDS has no data set 'no_such_set'"):
+    data.load_tfds("no_such_set", data_dir=tmp_path)
+  with pytest.raises(FileNotFoundError, match=r"\.download_and_prepare\(\)"):
+    data.load_tfds("mnist", data_dir=tmp_path)
+  for file in tmp_path.rglob("*.array_record*"):
+    file.write_bytes(file.read_bytes()[:100])
+  with pytest.raises(ValueError, match="torn"):
+    data.load_tfds("tiny", data_dir=tmp_path)
+
+
+def test_phantoms_are_functions_of_their_number():
+  five = data.phantoms(5, size=32, num_classes=3)
+  two = data.phantoms(2, size=32, num_classes=3)
+  np.testing.assert_array_equal(five.images[:2], two.images)
+  assert five.images.dtype == np.uint8
+  assert set(np.unique(five.labels)) == {0, 1, 2}
+  other = data.phantoms(2, size=32, seed=1, num_classes=3)
+  assert (other.images != two.images).mean() > 0.9
+
+
+def test_phantom_lesions_are_darker_than_skin_and_of_varied_size():
+  drawn = data.phantoms(40, size=64)
+  inside = np.array([i[m == 1].mean() for i, m in zip(*drawn[:2], strict=True)])
+  outside = np.array([i[m == 0].mean() for i, m in zip(*drawn[:2], strict=True)])
+  assert (inside < outside - 10).all()
+  share = drawn.labels.mean((1, 2))
+  assert 0.02 < share.min() < 0.08
+  assert 0.2 < share.max() < 0.6
+
+
+def test_phantom_splits_do_not_overlap():
+  train, test = data.load(None, split="train"), data.load(None, split="test")
+  assert not set(train.ids) & set(test.ids)
+  with pytest.raises(ValueError, match="no split 'dev'"):
+    data.load(None, split="dev")
+  with pytest.raises(ValueError, match="at least 1, 16 and 2"):
+    data.phantoms(0)
+
+
+def _numbered(n):
+  images = np.repeat(np.arange(n, dtype=np.uint8), 4).reshape(n, 2, 2, 1)
+  labels = np.zeros((n, 2, 2), np.int32)
+  return data.Dataset(images, labels, np.arange(n) + 100, ["x"] * n, ("a", "b"))
+
+
+def test_one_pass_in_order_with_a_padded_last_batch():
+  got = list(data.batches(_numbered(5), 2))
+  assert [batch["id"].tolist() for batch in got] == [[100, 101], [102, 103], [104, 104]]
+  assert [batch["weight"].tolist() for batch in got] == [[1, 1], [1, 1], [1, 0]]
+  assert {batch["image"].shape for batch in got} == {(2, 2, 2, 1)}
+  dtypes = {name: value.dtype for name, value in got[0].items()}
+  assert dtypes == {"image": "f4", "label": "i4", "weight": "f4", "id": "i4"}
+  assert got[2]["image"].max() == pytest.approx(4 / 255)
+  assert [b["id"].tolist() for b in data.batches(_numbered(5), 2, start=2)] == [
+    [104, 104]
+  ]
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_shuffled_batches_resume_anywhere_and_repeat_nothing_early(size):
+  first = list(itertools.islice(data.batches(_numbered(5), size, seed=3), 10))
+  resumed = list(itertools.islice(data.batches(_numbered(5), size, seed=3, start=6), 4))
+  for a, b in zip(first[6:], resumed, strict=True):
+    np.testing.assert_array_equal(a["id"], b["id"])
+    np.testing.assert_array_equal(a["image"], b["image"])
+  order = np.concatenate([batch["id"] for batch in first])
+  passes = order[: len(order) // 5 * 5].reshape(-1, 5)
+  assert (np.sort(passes, 1) == np.arange(100, 105)).all()
+  assert (passes[0] != passes[1]).any()
+  other = next(data.batches(_numbered(5), 5, seed=4))
+  assert (other["id"] != order[:5]).any()
+
+
+def test_batches_refuses_sizes_before_the_first_batch():
+  with pytest.raises(ValueError, match="`batch_size` is 0"):
+    data.batches(_numbered(5), 0)
+  with pytest.raises(ValueError, match="`start` -1"):
+    data.batches(_numbered(5), 2, start=-1)
+
+
+def _predictions(classes, n=8):
+  """Predicted masks with a block of every class but background."""
+  rng = np.random.default_rng(0)
+  drawn = np.zeros((n, 12, 12), int)
+  for mask, k in itertools.product(drawn, range(1, classes)):
+    row, col = rng.integers(0, 8, 2)
+    mask[row : row + 5, col : col + 4] = k
+  return drawn
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_pairs_hold_what_they_promise(classes):
+  predictions = _predictions(classes)
+  predictions[0] = 0  # nothing to aim at
+  images = np.random.default_rng(1).random((8, 12, 12, 1))
+  images[7] = images[6]
+  chosen = data.pairs(
+    images, predictions, num=99, seed=0, num_classes=classes, max_iou=0.3
+  )
+  assert 0 not in chosen.target
+  assert 0 in chosen.source
+  assert not {(6, 7), (7, 6)} & set(zip(chosen.source, chosen.target, strict=True))
+  for source, target, iou in zip(*chosen, strict=True):
+    want = masks.iou(predictions[source], predictions[target], classes).item()
+    assert iou == pytest.approx(want, abs=1e-6)
+    assert iou < 0.3
+
+
+def test_fewer_pairs_are_a_prefix_and_the_seed_decides():
+  predictions = _predictions(2)
+  images = np.arange(8)[:, None]
+  draw = lambda num, seed: data.pairs(
+    images, predictions, num=num, seed=seed, num_classes=2
+  )
+  many, few = draw(20, 0), draw(5, 0)
+  for a, b in zip(many, few, strict=True):
+    np.testing.assert_array_equal(a[:5], b)
+  assert (draw(20, 1).source != many.source).any()
+  seen = list(zip(many.source, many.target, strict=True))
+  assert len(set(seen)) == 20
+  rest = data.pairs(
+    images, predictions, num=99, seed=0, num_classes=2, exclude=seen, max_iou=1.1
+  )
+  assert not set(seen) & set(zip(rest.source, rest.target, strict=True))
+
+
+def test_no_pair_is_an_error():
+  images = np.arange(4)[:, None]
+  with pytest.raises(ValueError, match="no pair of 4 images is admitted: 0 predicted"):
+    data.pairs(images, np.zeros((4, 8, 8), int), num=1, seed=0, num_classes=2)
+  with pytest.raises(ValueError, match="4 images but 3"):
+    data.pairs(images, np.zeros((3, 8, 8), int), num=1, seed=0, num_classes=2)
