@@ -18,14 +18,14 @@ __all__ = ["COLUMNS", "Panel", "amplified", "colored", "gallery", "page", "table
 
 # Column of the rows -> heading and digits, in the order of the tables.
 COLUMNS = {
-  "iou_8bit": ("target IoU", 3),
+  "iou_8bit": ("IoU", 3),
   "l2_8bit": ("L2", 2),
   "linf_8bit": ("Linf", 3),
   "psnr_8bit": ("PSNR dB", 1),
   "ssim_8bit": ("SSIM", 3),
   "low_band_8bit": ("low band", 2),
-  "backwards": ("gradients", 0),
-  "seconds": ("s per pair", 1),
+  "backwards": ("grads", 0),
+  "seconds": ("s/pair", 1),
 }
 TITLES = (
   "image",
