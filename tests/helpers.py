@@ -1,6 +1,6 @@
 """Small models and assertions shared by the tests of the core."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ def sample(
   image: Any = 0.0,
   features: Any = None,
   progress: float = 0.0,
-  **target: Any,
+  target: Mapping[str, Any] | None = None,
 ) -> Sample:
   """One example with only what a test needs."""
   clean, image = jnp.asarray(clean), jnp.asarray(image)
@@ -45,7 +45,7 @@ def sample(
     delta=image - clean,
     logits=jnp.asarray(logits),
     features=features or {},
-    target={"label": jnp.asarray(label)} | target,
+    target={"label": jnp.asarray(label)} | dict(target or {}),
     progress=jnp.asarray(progress),
   )
 

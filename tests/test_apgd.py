@@ -133,8 +133,8 @@ def test_every_number_of_classes_and_loss_runs_and_fools():
 
 def test_two_classes_and_dlr_is_the_margin_over_its_clean_size():
   with helpers.x64():
-    sample = helpers.sample([3.0, 1.0], 0)
-    sample.target["logits"] = jnp.array([5.0, 1.0])
+    clean = {"logits": jnp.array([5.0, 1.0])}
+    sample = helpers.sample([3.0, 1.0], 0, target=clean)
     assert losses.dlr(sample).item() == pytest.approx(-0.5, abs=1e-9)
   prepared = targets.clean_logits(lambda x: x, jnp.ones((1, 2)), jnp.array([0]))
   assert set(prepared) == {"label", "logits"}
