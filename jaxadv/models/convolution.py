@@ -267,15 +267,12 @@ def _pool(image, window):
 
 def _pool_forward(image, window):
   """The maximum, and the position inside its block of the first pixel that has it."""
-  rank = image.ndim - 2
-  best, where = None, None
-  for position, start in enumerate(itertools.product(range(window), repeat=rank)):
-    part = image[(slice(None), *(slice(k, None, window) for k in start))]
-    if best is None:
-      best, where = part, jnp.zeros(part.shape, jnp.uint8)
-    else:
-      where = jnp.where(part > best, jnp.uint8(position), where)
-      best = jnp.maximum(part, best)
+  starts = itertools.product(range(window), repeat=image.ndim - 2)
+  parts = [image[(slice(None), *(slice(k, None, window) for k in s))] for s in starts]
+  best, where = parts[0], jnp.zeros(parts[0].shape, jnp.uint8)
+  for position, part in enumerate(parts[1:], 1):
+    where = jnp.where(part > best, jnp.uint8(position), where)
+    best = jnp.maximum(part, best)
   return best, where
 
 
