@@ -71,9 +71,8 @@ def test_low_pass_is_an_orthogonal_projector_and_high_pass_its_complement(shape)
 def test_low_pass_against_numpy(shape):
   image = noise(*shape)
   axes = tuple(range(len(shape) - 1))
-  radius = np.sqrt(
-    sum(np.square(f) for f in np.meshgrid(*map(np.fft.fftfreq, shape[:-1]), indexing="ij"))
-  )  # fmt: skip
+  frequencies = np.meshgrid(*map(np.fft.fftfreq, shape[:-1]), indexing="ij")
+  radius = np.sqrt(np.square(frequencies).sum(0))
   kept = np.fft.fftn(image, axes=axes) * (radius <= 0.3)[..., None]
   want = np.fft.ifftn(kept, axes=axes)
   np.testing.assert_allclose(filters.low_pass(image, 0.3), want.real, atol=1e-12)
