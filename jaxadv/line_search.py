@@ -42,7 +42,7 @@ def line_search(
     ...   jax.random.key(0), lambda x: jnp.stack([x[..., 0], 0.4 + 0 * x[..., 0]], -1),
     ...   jnp.array([[0.5]]), jnp.array([0]))
     >>> print(result.image.round(2), result.success)
-    [[0.4]] [ True]
+    [[0.39999998]] [ True]
   """
   inputs.check_num_steps(num_steps)
 

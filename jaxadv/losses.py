@@ -20,6 +20,7 @@ from jaxadv import filters, inputs, masks
 from jaxadv.types import LossFn, Sample, valid_pixels
 
 __all__ = [
+  "active_margin",
   "band_energy",
   "binary_cross_entropy",
   "cap",
@@ -34,7 +35,6 @@ __all__ = [
   "kl_to_target",
   "low_frequency_energy",
   "margin",
-  "mask_hinge",
   "mask_logits",
   "mask_margin",
   "masked_cross_entropy",
@@ -210,36 +210,16 @@ def mask_logits(sample: Sample) -> jax.Array:
   return jnp.where(_wrong(sample) & valid_pixels(sample), wanted, 0).sum()
 
 
+def active_margin(sample: Sample) -> jax.Array:
+  """Mean of `z_y - max_{c != y} z_c` over the pixels not yet at their target, or 0."""
+  wrong = _wrong(sample) & valid_pixels(sample)
+  return mask_margin(sample) / jnp.maximum(wrong.sum(), 1)
+
+
 def mask_margin(sample: Sample) -> jax.Array:
   """`sum z_y - max_{c != y} z_c` over the pixels not yet at their target."""
   wrong = _wrong(sample) & valid_pixels(sample)
   return jnp.where(wrong, _margins(sample), 0).sum()
-
-
-def mask_hinge(kappa: float = 0.5, *, trim: float = 0.03) -> LossFn:
-  """Minus the mean hinge `kappa - margin` over the pixels with a margin below `kappa`.
-
-  The hardest `floor(trim * |target foreground|)` pixels are left out: a target IoU of
-  0.95 leaves about 5 % of the foreground free, and the hardest pixels cost the most.
-
-  Args:
-    kappa: margin to reach, in logits.
-    trim: share of the target's foreground (classes > 0) to leave out, in [0, 1).
-
-  Returns:
-    A loss.
-  """
-
-  def loss(sample):
-    margins = _margins(sample)
-    active = (margins < kappa) & valid_pixels(sample)
-    foreground = (sample.target["label"] > 0) & valid_pixels(sample)
-    free = jnp.floor(trim * foreground.sum()).astype(int)
-    candidates = jax.lax.stop_gradient(jnp.where(active, margins, jnp.inf))
-    active &= margins >= jnp.sort(candidates.ravel())[free]
-    return -jnp.where(active, kappa - margins, 0).sum() / jnp.maximum(active.sum(), 1)
-
-  return loss
 
 
 def feature_distance(name: str) -> LossFn:

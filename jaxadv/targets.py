@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadv import inputs
-from jaxadv.types import Images, Predict, PrepareFn, call, labels
+from jaxadv.types import Images, LossFn, Predict, PrepareFn, Sample, call, labels
 
 __all__ = [
   "clean_logits",
   "constant",
+  "gradient_weights",
   "guide_features",
   "least_likely",
   "predictions",
@@ -111,6 +112,41 @@ def prototypes(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
   wanted = jax.nn.one_hot(target["label"], classes)
   guides = {name: _recompose(f, owned, wanted) for name, f in features.items()}
   return target | {"clean_features": features, "features": guides}
+
+
+def gradient_weights(loss: LossFn, prepare: PrepareFn = labels) -> PrepareFn:
+  """Adds `"weights"`: one over the norm of each loss's gradient at the clean image.
+
+  Weighted by them, losses of different scales pull alike at the start. Takes one forward
+  pass and one pull-back per loss.
+
+  Args:
+    loss: one example -> `(S,)`.
+    prepare: of the rest of the target, which `loss` may read.
+
+  Returns:
+    A prepare whose target has `"weights"` `(B, S)`; 0 where a gradient is.
+  """
+
+  def weigh(predict, x, y):
+    target = prepare(predict, x, y)
+
+    def at(image):
+      logits, features = call(predict, image)
+      progress = jnp.zeros(len(image))
+      return jax.vmap(loss)(
+        Sample(x, image, image - x, logits, features, target, progress)
+      )
+
+    values, pull_back = jax.vjp(at, x)
+    rows = jnp.eye(values.shape[1], dtype=values.dtype)
+    pulled = [pull_back(jnp.broadcast_to(row, values.shape))[0] for row in rows]
+    norms = jnp.stack(
+      [jnp.linalg.norm(g.reshape(len(x), -1), axis=1) for g in pulled], 1
+    )
+    return target | {"weights": jnp.where(norms > 0, 1 / norms, 0.0)}
+
+  return weigh
 
 
 def _recompose(feature, owned, wanted):

@@ -18,6 +18,7 @@ from jaxadv.apgd import scale_by_apgd
 from jaxadv.types import Sample, overlap
 
 __all__ = [
+  "HomingState",
   "clip_peaks",
   "combine_normalized",
   "for_steps",
@@ -167,27 +168,48 @@ def scale_by_first_norm() -> optax.GradientTransformation:
   )
 
 
+class HomingState(NamedTuple):
+  """State of `shrink_on_success` for one example.
+
+  Attributes:
+    step: size of the next step before the first success.
+    size: RMS of the perturbation at the first success; 0 before it.
+    since: progress at the first success.
+  """
+
+  step: jax.Array
+  size: jax.Array
+  since: jax.Array
+
+
 def shrink_on_success(
   *,
-  first: float | jax.Array = 1e-2,
-  last: float | jax.Array = 2e-4,
+  first: float | jax.Array = 1e-3,
+  growth: float | jax.Array = 1.02,
+  reach: float | jax.Array = 0.1,
+  last: float | jax.Array = 0.02,
   shrink: float | jax.Array = 0.05,
   constrain: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Walks down the gradient until the attack succeeds, then walks home.
 
-  With `a = (last / first)^progress`:
+  Before the first success steps are small and grow: `d <- d - first * growth^t * g`.
+  From then on, with `r` the RMS of the perturbation at that moment and `a` falling
+  geometrically from 1 to `last` at the end:
 
-      failure:  d <- d - first * a * g
+      failure:  d <- d - reach * r * a * g
       success:  d <- constrain((1 - shrink * sqrt(a)) * d, a)
 
   so the perturbation crosses the decision back and forth in ever smaller steps, and the
-  smallest success meets the threshold exactly. Chain it behind `normalize(2)` and
-  `scale_by_size()` to give the steps in RMS per value.
+  smallest success meets the threshold exactly. Steps are measured in the perturbation
+  itself: no scale of model or image enters but `first`. Chain it behind `normalize(2)`
+  and `scale_by_size()`, so that `g` has RMS 1.
 
   Args:
-    first: first step.
-    last: last step.
+    first: first step, RMS per value; small, because the path decides where it ends.
+    growth: of the steps before the first success, >= 1.
+    reach: step after a failure as a share of `r`.
+    last: what is left of `a` at the end, in (0, 1].
     shrink: share of the perturbation given up by the first success, in [0, 1).
     constrain: `(delta, a) -> delta`, what else to give up on success.
 
@@ -195,14 +217,31 @@ def shrink_on_success(
     A transform that reads `sample` and `success` and needs the perturbation.
   """
 
+  def init(params):
+    zero = jnp.zeros((), params.dtype)
+    return HomingState(jnp.full((), first, params.dtype), zero, zero)
+
   def update(g, state, params=None, *, sample, success, **extra):
     del extra
-    decay = (last / first) ** sample.progress
+    state = _first_success(state, params, sample.progress, success)
+    found = state.size > 0
+    decay = last ** ((sample.progress - state.since) / (1 - state.since))
+    step = jnp.where(found, reach * state.size * decay, state.step)
     home = (1 - shrink * jnp.sqrt(decay)) * params
     home = home if constrain is None else constrain(home, decay)
-    return jnp.where(success, home - params, -first * decay * g), state
+    updates = jnp.where(success, home - params, -step * g)
+    return updates, state._replace(step=state.step * growth)
 
-  return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _first_success(state, delta, progress, success):
+  is_first = success & (state.size == 0)
+  rms = jnp.sqrt(jnp.square(delta).mean())
+  return state._replace(
+    size=jnp.where(is_first, rms, state.size),
+    since=jnp.where(is_first, progress, state.since).astype(state.since.dtype),
+  )
 
 
 def clip_peaks(delta: jax.Array, share: float | jax.Array) -> jax.Array:

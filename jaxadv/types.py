@@ -11,7 +11,7 @@ C)`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +50,6 @@ Target = Mapping[str, Any]  # each leaf (B, ...); always has "label"
 
 # images (B, ...) -> logits (B, ...) or (logits, features); pure, evaluation mode
 Predict = Callable[[Images], Any]
-# (key, predict, x, y) -> result
-AttackFn = Callable[[Array, Predict, Images, Any], "AttackResult"]
 # one example -> scalar, or (S,) for attacks that combine S gradients
 LossFn = Callable[["Sample"], Array]
 # one example -> bool
@@ -222,6 +220,15 @@ class Perturbation(NamedTuple):
   best_success: Array
   done: Array
   nonfinite: Array
+
+
+class AttackFn(Protocol):
+  """An attack: any function of a key, a model, clean images and labels."""
+
+  def __call__(
+    self, key: Array, predict: Predict, x: Images, y: Any, /
+  ) -> "AttackResult":
+    """Attacks a batch; see `jaxadv.engine.Attack` for the arguments."""
 
 
 class AttackResult(NamedTuple):

@@ -31,13 +31,9 @@ def mafl(
   similarity_weight: float = 0.1,
   low_band: Literal["fft", "haar"] = "fft",
   cutoff: float = 0.25,
-  band_shrink: Scalar = 0.1,
+  band_shrink: Scalar = 0.2,
   decay: float = 0.5,
-  kappa: float = 0.5,
-  trim: float = 0.03,
-  first: Scalar = 1e-2,
-  last: Scalar = 2e-4,
-  shrink: Scalar = 0.03,
+  shrink: Scalar = 0.05,
   peak: Scalar = 0.3,
   bits: int | None = 8,
   threshold: float = 0.95,
@@ -45,10 +41,10 @@ def mafl(
 ) -> Attack:
   """Momentum, adaptive step, feature cosine, low-frequency constraint: made good.
 
-  Our reconstruction. Raises a hinge on the mask minus `similarity_weight` times the
-  feature similarity, with momentum; on success the perturbation shrinks, its largest
-  values are clipped, and its low band shrinks further: low frequencies stay those of
-  the clean image.
+  Our reconstruction. Raises the margin of the pixels that are still wrong minus
+  `similarity_weight` times the feature similarity, with momentum; on success the
+  perturbation shrinks, its largest values are clipped, and its low band shrinks
+  further: low frequencies stay close to those of the clean image.
 
   Args:
     num_steps: steps.
@@ -59,10 +55,6 @@ def mafl(
     cutoff: radius of the disc, cycles per pixel.
     band_shrink: share of the low band given up by the first success.
     decay: of the momentum.
-    kappa: margin of the hinge in logits.
-    trim: share of the target's foreground left out.
-    first: first step, RMS per value.
-    last: last step, RMS per value.
     shrink: see `transforms.shrink_on_success`.
     peak: share of the largest value clipped by the first success.
     bits: attack the image as stored in this many bits.
@@ -78,7 +70,6 @@ def mafl(
   Reference: Sun et al., J. Med. Imaging 12(4):044501, 2025 (reconstruction).
   """
   band = _band(low_band, cutoff)
-  hinge = losses.mask_hinge(kappa, trim=trim)
   alike = _similarity(feature, similarity)
 
   def give_up(delta, amount):
@@ -87,12 +78,12 @@ def mafl(
 
   return gradient_attack(
     parts.mask_objective(
-      lambda s: hinge(s) - similarity_weight * alike(s),
+      lambda s: losses.active_margin(s) - similarity_weight * alike(s),
       threshold,
       targets.guide_features,
     ),
     parts.box(bits, bounds),
-    optax.chain(parts.momentum(decay), parts.homing(first, last, shrink, give_up)),
+    optax.chain(parts.momentum(decay), parts.homing(shrink, give_up)),
     num_steps=num_steps,
     random_start=False,
     keep="smallest",

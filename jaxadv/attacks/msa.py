@@ -28,10 +28,6 @@ def msa(
   num_steps: int = 200,
   taps: Sequence[str] | None = None,
   omega: float = 0.1,
-  kappa: float = 0.5,
-  trim: float = 0.03,
-  first: Scalar = 1e-2,
-  last: Scalar = 2e-4,
   shrink: Scalar = 0.05,
   peak: Scalar = 0.3,
   bits: int | None = 8,
@@ -40,18 +36,17 @@ def msa(
 ) -> Attack:
   """Multi-scale attack, our reconstruction made good.
 
-  The direction is `g_0 + sum_l (omega / L) g_l`, every `g` normalised: `g_0` of a hinge
-  on the mask, `g_l` of the distance of feature `l` to that of the target image. Steps
-  shrink on success and clip the largest values, at the stored image.
+  Raises `m / |g_0| - (omega / L) sum_l d_l / |g_l|`: `m` is the margin of the pixels
+  that are still wrong, `d_l` the distance of feature `l` to that of the target image,
+  and every scale is divided by the norm of its input gradient at the clean image, so
+  that a step costs one gradient whatever the number of scales. On success the
+  perturbation shrinks and its largest values are clipped; everything is scored at the
+  stored image.
 
   Args:
-    num_steps: steps; each pulls back one gradient per tap and one for the mask.
+    num_steps: steps, one gradient each; `1 + L` more are taken before the first.
     taps: names of features; default all of them.
     omega: weight of the features together.
-    kappa: margin of the hinge in logits.
-    trim: share of the target's foreground left out, see `losses.mask_hinge`.
-    first: first step, RMS per value.
-    last: last step, RMS per value.
     shrink: see `transforms.shrink_on_success`.
     peak: share of the largest value clipped by the first success.
     bits: attack the image as stored in this many bits.
@@ -67,15 +62,16 @@ def msa(
 
   Reference: Shao et al., Information Sciences 554, 2021 (reconstruction).
   """
+  scales = _scales(losses.active_margin, taps)
+
+  def loss(sample):
+    terms = sample.target["weights"] * scales(sample)
+    return (jnp.asarray(_shares(omega, terms.size)) * terms).sum()
+
   return gradient_attack(
-    parts.mask_objective(
-      _scales(losses.mask_hinge(kappa, trim=trim), taps), threshold, guides
-    ),
+    parts.mask_objective(loss, threshold, targets.gradient_weights(scales, guides)),
     parts.box(bits, bounds),
-    optax.chain(
-      _multi_scale(omega),
-      parts.homing(first, last, shrink, functools.partial(parts.clip_peaks, peak)),
-    ),
+    parts.homing(shrink, functools.partial(parts.clip_peaks, peak)),
     num_steps=num_steps,
     random_start=False,
     keep="smallest",
@@ -149,7 +145,9 @@ def _scales(mask_loss: LossFn, taps: Sequence[str] | None) -> LossFn:
 
 
 def _multi_scale(omega: float) -> optax.GradientTransformation:
-  def weights(count):
-    return [1.0] + [omega / max(count - 1, 1)] * (count - 1)
+  return transforms.combine_normalized(functools.partial(_shares, omega))
 
-  return transforms.combine_normalized(weights)
+
+def _shares(omega, count):
+  """Weight of the mask loss and, shared by the others, of the features."""
+  return [1.0] + [omega / max(count - 1, 1)] * (count - 1)

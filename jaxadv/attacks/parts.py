@@ -59,17 +59,11 @@ def unit_step() -> optax.GradientTransformation:
 
 
 def homing(
-  first: Scalar,
-  last: Scalar,
-  shrink: Scalar,
-  constrain: Callable[[jax.Array, jax.Array], jax.Array],
+  shrink: Scalar, constrain: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> optax.GradientTransformation:
   """Unit steps until success, then home; see `transforms.shrink_on_success`."""
   return optax.chain(
-    unit_step(),
-    transforms.shrink_on_success(
-      first=first, last=last, shrink=shrink, constrain=constrain
-    ),
+    unit_step(), transforms.shrink_on_success(shrink=shrink, constrain=constrain)
   )
 
 

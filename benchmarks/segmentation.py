@@ -1,0 +1,109 @@
+"""The table of docs/segmentation.md, from finished runs of `jaxadv attack`.
+
+    for seed in 0 1; do
+      jaxadv attack configs/msa_optic_disc.py --seed $seed --out runs/disc-$seed
+    done
+    python benchmarks/segmentation.py runs/disc-*
+
+Runs of one table share their config; rows of different seeds are put together. Ratios
+are paired: over the pairs on which both attacks succeed after rounding to 8 bits.
+"""
+
+import argparse
+import csv
+import json
+import math
+import pathlib
+from typing import Any
+
+from jaxadv import summaries
+
+COLUMNS = ("l2_8bit", "linf_8bit", "low_band_8bit")
+SHOWN = ("l2_8bit", "linf_8bit", "psnr_8bit", "ssim_8bit", "low_band_8bit")
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("runs", nargs="+", type=pathlib.Path)
+  parser.add_argument("--baseline", default="asma", help="prefix of the swept attack")
+  options = parser.parse_args()
+  rows = [row for folder in options.runs for row in _rows(folder)]
+  names = list(dict.fromkeys(row["attack"] for row in rows))
+  sweep = [name for name in names if name.startswith(options.baseline)]
+  best = _best(rows, sweep)
+  rows += _oracle(rows, sweep)
+  print(_about(options.runs))
+  print(f"\nRatios to `{best}`, the best of its sweep, and to the best per pair.\n")
+  heads = ["attack", "success", "L2", "Linf", "PSNR", "SSIM", "low band", "gradients"]
+  heads += ["ratio L2", "ratio Linf", "ratio low", "best per pair: L2", "Linf"]
+  print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+  for name in names:
+    print("| " + " | ".join(_line(rows, name, best)) + " |")
+
+
+def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
+  with (folder / "rows.csv").open(newline="") as stream:
+    rows = list(csv.DictReader(stream))
+  text = ("attack", "pair")
+  numbers = [{k: v if k in text else float(v) for k, v in r.items()} for r in rows]
+  return [row | {"pair": f"{folder.name}/{row['pair']}"} for row in numbers]
+
+
+def _best(rows, sweep):
+  """The member of the sweep with most successes; among equals, the smallest L2."""
+
+  def rank(name):
+    won = _won(rows, name)
+    return (-len(won), _mean(won, "l2_8bit"))
+
+  return min(sweep, key=rank)
+
+
+def _oracle(rows, sweep):
+  """For each pair, the row of the sweep with the smallest L2 among its successes."""
+  won = [row for name in sweep for row in _won(rows, name)]
+  pairs = dict.fromkeys(row["pair"] for row in won)
+  best = [
+    min((r for r in won if r["pair"] == pair), key=lambda r: r["l2_8bit"])
+    for pair in pairs
+  ]
+  return [row | {"attack": "best per pair"} for row in best]
+
+
+def _won(rows, name):
+  return [row for row in rows if row["attack"] == name and row["success_8bit"]]
+
+
+def _mean(rows, column):
+  return sum(row[column] for row in rows) / len(rows) if rows else math.nan
+
+
+def _line(rows, name, best):
+  mine = [row for row in rows if row["attack"] == name]
+  won = _won(rows, name)
+  values = [f"`{name}`", f"{len(won)}/{len(mine)}"]
+  values += [f"{_mean(won, column):.3f}" for column in SHOWN]
+  values += [f"{_mean(mine, 'backwards'):.0f}"]
+  to_best = summaries.ratios(rows, name, best)
+  to_oracle = summaries.ratios(rows, name, "best per pair")
+  values += [_interval(to_best[column]) for column in COLUMNS]
+  return values + [_interval(to_oracle[column]) for column in COLUMNS[:2]]
+
+
+def _interval(ratio):
+  if ratio["mean"] is None:
+    return "-"
+  return f"{ratio['mean']:.3f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def _about(folders):
+  results = [json.loads((f / "results.json").read_text()) for f in folders]
+  lines = []
+  for folder, result in zip(folders, results, strict=True):
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    lines.append(f"- `{folder.name}`: commit {result.get('commit')}, {versions}")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  main()
