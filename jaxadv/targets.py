@@ -117,7 +117,7 @@ def prototypes(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
 def gradient_weights(loss: LossFn, prepare: PrepareFn = labels) -> PrepareFn:
   """Adds `"weights"`: one over the norm of each loss's gradient at the clean image.
 
-  Weighted by them, losses of different scales pull alike at the start. Takes one forward
+  """Adds `"weights"`: one over the norm of each gradient at the clean image.
   pass and one pull-back per loss.
 
   Args:
