@@ -52,7 +52,7 @@ def _of(name: str, parameter: str | None = None, **options: Any) -> Callable:
   return make if parameter is None else lambda size: make(**{parameter: size})
 
 
-_SLOW = {"threshold": 0.8, "num_steps": 40}  # their first steps are small
+_SLOW = {"threshold": 0.8, "num_steps": 150}  # their first steps are small
 _EASY = {"threshold": 0.8, "num_steps": STEPS}
 ROWS = (
   Row("fgsm", _of("fgsm"), "class", 0.05, "linf"),

@@ -1,5 +1,6 @@
 """Small models and assertions shared by the tests of the core."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
   "convnet",
   "linear",
   "per_pixel",
+  "positional",
   "sample",
   "stripes",
   "x64",
@@ -79,6 +81,15 @@ def convnet(*, classes: int = 3, dense: bool = False, width: int = 4) -> Callabl
     return logits, {"hidden": hidden, "bottleneck": hidden[:, ::2]}
 
   return predict
+
+
+def positional(function: Callable) -> list[str]:
+  """Names of the arguments that may be given by position."""
+  return [
+    name
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind is not parameter.KEYWORD_ONLY
+  ]
 
 
 def stripes(n: int, shape: tuple[int, ...] = (8, 8), channels: int = 2):

@@ -1,0 +1,102 @@
+"""Attacks made of attacks: per example the best, in its own stream."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadv import attacks, combine, losses
+from jaxadv.types import AttackResult
+
+KEY = jax.random.key(0)
+MODEL = helpers.convnet()
+X = helpers.stripes(12)
+Y = jnp.argmax(MODEL(X)[0], -1)
+WEAK = attacks.pgd(0.02, num_steps=2, loss=losses.margin)
+STRONG = attacks.pgd(0.05, num_steps=5, loss=losses.margin)
+
+
+def fixed(success, score, length=2, nonfinite=0):
+  """An attack whose outcome is given; its image tells which one it was."""
+
+  def attack(key, predict, x, y):
+    del key, predict, y
+    flags, ones = jnp.asarray(success), jnp.ones(len(x), jnp.int32)
+    scores = jnp.asarray(score, jnp.float32)
+    return AttackResult(
+      image=x + scores[:, None],
+      delta=x * 0 + scores[:, None],
+      score=scores,
+      logits=jnp.zeros((len(x), 2)),
+      losses=jnp.arange(length * len(x), dtype=jnp.float32).reshape(length, -1),
+      success=flags,
+      steps=ones * length,
+      nonfinite=ones * nonfinite,
+      forwards=ones * length,
+      backwards=ones * length,
+    )
+
+  return attack
+
+
+def test_success_comes_before_score_and_evidence_adds_up():
+  first = fixed([False, True, True, False], [9.0, 1.0, 5.0, 2.0], 2, 0)
+  other = fixed([True, False, True, False], [0.0, 8.0, 4.0, 3.0], 3, 1)
+  best = combine.best_of(first, other)(KEY, None, jnp.zeros((4, 1)), None)
+  assert best.score.tolist() == [0.0, 1.0, 5.0, 3.0]
+  assert best.image[:, 0].tolist() == [0.0, 1.0, 5.0, 3.0]
+  assert best.success.tolist() == [True, True, True, False]
+  assert best.steps.tolist() == [5] * 4
+  assert best.forwards.tolist() == [5] * 4
+  assert best.nonfinite.tolist() == [1] * 4
+  assert not best.robust.any()
+  # rows of two and of three steps: the shorter is padded with its last
+  assert best.losses.T.tolist() == [[0, 4, 8], [1, 5, 5], [2, 6, 6], [3, 7, 11]]
+
+
+def test_three_attacks_are_compared_with_the_best_so_far():
+  one = fixed([False] * 2, [1.0, 3.0])
+  two = fixed([False] * 2, [2.0, 2.0])
+  three = fixed([False] * 2, [0.0, 4.0])
+  best = combine.best_of(one, two, three)(KEY, None, jnp.zeros((2, 1)), None)
+  assert best.score.tolist() == [2.0, 4.0]
+
+
+def test_best_of_real_attacks_is_at_least_as_good_as_each():
+  best = combine.best_of(WEAK, STRONG)(KEY, MODEL, X, Y)
+  alone = STRONG(KEY, MODEL, X, Y)
+  assert best.success.mean() >= alone.success.mean()
+  assert (best.success == (jnp.argmax(MODEL(best.image)[0], -1) != Y)).all()
+  assert jnp.abs(best.image - X).max() <= 0.05 + 1e-6
+
+
+def test_restarts_are_different_and_none_is_worse_than_the_first():
+  many = combine.with_restarts(WEAK, 4)(KEY, MODEL, X, Y)
+  one = combine.with_restarts(WEAK, 1)(KEY, MODEL, X, Y)
+  assert (many.score >= one.score).all() | (many.success != one.success).any()
+  assert (many.score > one.score).sum() >= 3
+  np.testing.assert_array_equal(many.steps, 8)
+
+
+def test_the_identity_changes_nothing_and_reports_errors_of_the_model():
+  wrong = Y.at[::2].set((Y[::2] + 1) % 3)
+  result = combine.identity(KEY, MODEL, X, wrong)
+  np.testing.assert_array_equal(result.image, X)
+  assert result.success.tolist() == [True, False] * 6
+  assert not result.delta.any()
+  np.testing.assert_array_equal(result.nonfinite, 0)
+  broken = combine.identity(KEY, lambda x: MODEL(x)[0] * jnp.nan, X, Y)
+  assert not broken.success.any()
+  assert not broken.robust.any()
+
+
+def test_combined_attacks_keep_the_promises_of_their_parts():
+  attack = combine.best_of(combine.identity, combine.with_restarts(WEAK, 2), STRONG)
+  keys = jax.random.split(KEY, len(X))
+  run = jax.jit(lambda keys, x, y: attack(keys, MODEL, x, y))
+  whole = run(keys, X, Y)
+  part = run(keys[3:8], X[3:8], Y[3:8])
+  np.testing.assert_allclose(part.image, whole.image[3:8], atol=1e-6)
+  np.testing.assert_array_equal(part.success, whole.success[3:8])
+  eager = attack(keys, MODEL, X, Y)
+  np.testing.assert_allclose(eager.image, whole.image, atol=1e-6)
