@@ -36,7 +36,7 @@ def identity(key: Array, predict: Predict, x: Images, y: Any) -> AttackResult:
     losses=jnp.zeros((0, *score.shape)),
     success=success,
     steps=count,
-    nonfinite=count,
+    nonfinite=count + ~jnp.isfinite(logits).reshape(len(x), -1).all(1),
     forwards=count + 1,
     backwards=count,
   )

@@ -49,18 +49,14 @@ def cross_entropy(sample: Sample) -> jax.Array:
   """Mean cross-entropy `-log p_y`. Logits `(..., K)`, labels `(...)`.
 
   Example:
-    >>> loss = cross_entropy(_example([0.0, 0.0], 1))
-    >>> round(float(loss), 4)
+    >>> print(cross_entropy(_example([0.0, 0.0], 1)).round(4))
     0.6931
   """
   return _mean(_cross_entropies(sample), sample)
 
 
 def masked_cross_entropy(sample: Sample) -> jax.Array:
-  """Cross-entropy of the pixels still decided as labelled: `1[argmax = y] CE`.
-
-  The masked loss of SEA (Croce et al., arXiv 2306.12941); 0 once every pixel is wrong.
-  """
+  """Mean of `1[argmax = y] CE`: the masked loss of SEA (arXiv 2306.12941)."""
   return _mean(_cross_entropies(sample) * ~_wrong(sample), sample)
 
 
@@ -161,7 +157,7 @@ def dlr_targeted(sample: Sample) -> jax.Array:
 def kl_to_target(sample: Sample) -> jax.Array:
   """Mean `KL(q || p)` from the distribution `q = softmax(target["logits"])`.
 
-  With `targets.clean_logits` it is the inner loss of TRADES (arXiv 1901.08573).
+  With `targets.clean_logits`, the inner loss of TRADES (arXiv 1901.08573).
   """
   q = jax.nn.softmax(sample.target["logits"].astype(jnp.result_type(float)))
   log_p = jax.nn.log_softmax(_logits(sample))
@@ -223,11 +219,7 @@ def mask_margin(sample: Sample) -> jax.Array:
 
 
 def feature_distance(name: str) -> LossFn:
-  """Mean square distance of a feature to `target["features"][name]`.
-
-  Raises:
-    ValueError: when the loss is called and the model has no such feature.
-  """
+  """Mean square distance to `target["features"][name]`; ValueError without it."""
 
   def loss(sample):
     feature, guide = _feature_pair(sample, name, "features")

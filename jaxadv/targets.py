@@ -117,8 +117,8 @@ def prototypes(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
 def gradient_weights(loss: LossFn, prepare: PrepareFn = labels) -> PrepareFn:
   """Adds `"weights"`: one over the norm of each loss's gradient at the clean image.
 
-  """Adds `"weights"`: one over the norm of each gradient at the clean image.
-  pass and one pull-back per loss.
+  Weighted by them, losses of different scales pull alike at the start. Takes one
+  forward pass and one pull-back per loss.
 
   Args:
     loss: one example -> `(S,)`.

@@ -117,8 +117,7 @@ def pgd(
   """
   if norm not in _THREATS:
     raise ValueError(f"`norm` is {norm!r}; write one of {', '.join(_THREATS)}.")
-  step_size = 2.5 * eps / num_steps if step_size is None else step_size
-  inputs.check_positive("step_size", step_size)
+  step_size = _step_size(eps, step_size, num_steps, 2.5)
   directions = {
     "linf": optax.scale_by_sign(),
     "l2": transforms.normalize(2),
@@ -166,8 +165,7 @@ def mi_fgsm(
 
   Reference: Dong et al., CVPR 2018, arXiv 1710.06081.
   """
-  step_size = eps / num_steps if step_size is None else step_size
-  inputs.check_positive("step_size", step_size)
+  step_size = _step_size(eps, step_size, num_steps, 1.0)
   momentum = optax.chain(transforms.normalize(1), optax.trace(decay))
   return gradient_attack(
     aim(loss, targeted),
@@ -210,6 +208,8 @@ def apgd(
   """
   if norm not in ("linf", "l2"):
     raise ValueError(f'`norm` is {norm!r}; apgd knows "linf" and "l2".')
+  inputs.check_positive("eps", eps)
+  inputs.check_num_steps(num_steps)
   score = losses.negate(losses.margin) if targeted else losses.margin
   return gradient_attack(
     aim(loss, targeted, score=score, prepare=targets.clean_logits),
@@ -218,6 +218,16 @@ def apgd(
     num_steps=num_steps,
     keep="best",
   )
+
+
+def _step_size(eps, step_size, num_steps, reach):
+  """The step asked for, or the one that walks `reach * eps` in all."""
+  inputs.check_positive("eps", eps)
+  inputs.check_num_steps(num_steps)
+  if step_size is None:
+    return reach * eps / num_steps
+  inputs.check_positive("step_size", step_size)
+  return step_size
 
 
 def _on_the_sphere(threat: Threat, eps: Scalar, norm: str) -> Threat:

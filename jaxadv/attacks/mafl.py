@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import filters, losses, targets, threats, transforms
+from jaxadv import filters, inputs, losses, targets, threats, transforms
 from jaxadv.attacks import parts
 from jaxadv.attacks.parts import Bounds, Scalar
 from jaxadv.engine import Attack, gradient_attack
@@ -200,6 +200,8 @@ def mafl_linf(
 
   Reference: Sun et al., J. Med. Imaging 12(4):044501, 2025 (reconstruction).
   """
+  inputs.check_positive("eps", eps)
+  inputs.check_num_steps(num_steps)
   loss = _literal_loss(
     losses.mask_margin,
     _similarity(feature, similarity),
