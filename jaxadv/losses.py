@@ -184,8 +184,7 @@ def cos_pgd(sample: Sample, *, targeted: bool = False) -> jax.Array:
 
   `mean w CE`, `w = cos(softmax z, e_y)` untargeted, `1 - w` targeted (negate it).
 
-  Differs from the printed equation, which differentiates `w` too; like the released
-  code, the weight is detached.
+  Differs from the printed equation: like the released code, the weight is detached.
 
   Reference: Agnihotri et al., ICML 2024, arXiv 2302.02213.
   """
@@ -198,8 +197,7 @@ def cos_pgd(sample: Sample, *, targeted: bool = False) -> jax.Array:
 def mask_logits(sample: Sample) -> jax.Array:
   """ASMA's attack term: `sum z_{i, y_i}` over the pixels not yet at their target.
 
-  A sum, not a mean, of raw logits; the active set is a constant of the gradient.
-
+  A sum of raw logits; the active set is a constant of the gradient.
   Reference: Ozbulak et al., MICCAI 2019, arXiv 1907.13124.
   """
   wanted = _pick(_logits(sample), sample.target["label"])

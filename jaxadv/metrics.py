@@ -161,6 +161,7 @@ def segmentation_report(
   predict: Predict,
   clean: Images,
   image: Images,
+  *,
   target: Array,
   clean_prediction: Array,
   mask: Array | None = None,
@@ -187,7 +188,8 @@ def segmentation_report(
     >>> clean, image = jnp.full((1, 16, 16, 1), 0.2), jnp.full((1, 16, 16, 1), 0.7)
     >>> wish, before = jnp.ones((2, 1, 16, 16), int) * jnp.array([1, 0]).reshape(
     ...   2, 1, 1, 1)
-    >>> report = segmentation_report(predict, clean, image, wish, before)
+    >>> report = segmentation_report(
+    ...   predict, clean, image, target=wish, clean_prediction=before)
     >>> report["iou"].item(), report["clean_iou"].item(), report["linf"].item()
     (1.0, 0.0, 0.5)
   """

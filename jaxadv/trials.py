@@ -115,7 +115,9 @@ def run_batch(
 @functools.partial(jax.jit, static_argnums=0)
 def _measure(predict, variables, x, image, target, clean):
   predict = functools.partial(predict, variables)
-  return metrics.segmentation_report(predict, x, image, target, clean)
+  return metrics.segmentation_report(
+    predict, x, image, target=target, clean_prediction=clean
+  )
 
 
 def _inputs(scene, numbers):

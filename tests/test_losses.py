@@ -146,7 +146,7 @@ def test_ignored_pixels_touch_neither_loss_nor_gradient():
     losses.margin,
     losses.mask_logits,
     losses.mask_margin,
-    losses.mask_hinge(),
+    losses.active_margin,
     losses.seg_pgd,
     losses.cos_pgd,
   ):
@@ -160,19 +160,13 @@ def test_ignored_pixels_touch_neither_loss_nor_gradient():
   assert got == pytest.approx(three.mean(), abs=1e-9)
 
 
-def test_mask_hinge_by_hand():
+def test_active_margin_is_the_mean_over_the_wrong_pixels():
   # margins z_y - z_other: -0.6, 0.2, -0.8, 0.2
-  plain = losses.mask_hinge(0.5, trim=0.0)
-  assert plain(pixels()) == pytest.approx(-(1.1 + 0.3 + 1.3 + 0.3) / 4, abs=1e-9)
-  assert losses.mask_hinge(0.1, trim=0.0)(pixels()) == pytest.approx(
-    -(0.7 + 0.9) / 2, abs=1e-9
-  )
-  # two foreground pixels, half of them free: the hardest pixel (-0.8) is left out
-  trimmed = losses.mask_hinge(0.5, trim=0.5)
-  assert trimmed(pixels()) == pytest.approx(-(1.1 + 0.3 + 0.3) / 3, abs=1e-9)
-  assert gradient(trimmed)[1, 0] == 0
+  assert losses.active_margin(pixels()) == pytest.approx(-0.7, abs=1e-9)
+  slope = gradient(losses.active_margin)
+  np.testing.assert_allclose(slope, [[1, 0], [-1, 0]], **TIGHT)
   done = helpers.sample(10 * np.eye(2)[TARGET], TARGET)
-  assert losses.mask_hinge()(done) == 0
+  assert losses.active_margin(done) == 0
 
 
 def test_multi_scale_vector_of_msa():

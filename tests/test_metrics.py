@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,7 +137,7 @@ def test_report_measures_the_image_and_its_rounded_twin():
   image = clean.at[0].add(0.3 / 255).at[1].add(60.4 / 255)
   target, before = jnp.ones((2, 16, 16), int), jnp.zeros((2, 16, 16), int)
   run = jax.jit(metrics.segmentation_report, static_argnums=0)
-  report = run(helpers.per_pixel, clean, image, target, before)
+  report = run(helpers.per_pixel, clean, image, target=target, clean_prediction=before)
   names = ["iou", "dice", "pixel_accuracy", "clean_iou"]
   names += ["l2", "linf", "psnr", "ssim", "low_band"]
   assert set(report) == {*names, *(name + "_8bit" for name in names)}
@@ -155,7 +157,10 @@ def test_report_reads_only_valid_pixels_and_models_with_features():
   target, before = jnp.ones((1, 16, 16), int), jnp.zeros((1, 16, 16), int)
   valid = jnp.zeros((1, 16, 16), bool).at[:, :8].set(True)
   predict = lambda x: (helpers.per_pixel(x), {"pixels": x})
-  part = metrics.segmentation_report(predict, clean, image, target, before, valid)
-  whole = metrics.segmentation_report(predict, clean, image, target, before)
+  report = functools.partial(
+    metrics.segmentation_report, predict, clean, image, target=target
+  )
+  part = report(clean_prediction=before, mask=valid)
+  whole = report(clean_prediction=before)
   assert part["iou"].item() == part["pixel_accuracy"].item() == 1
   assert whole["iou"].item() == whole["pixel_accuracy"].item() == 0.5

@@ -1,0 +1,97 @@
+"""The step rule of MSA and MAFL: out in small steps, home in ever smaller ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxadv import engine, losses, threats, transforms, types
+from jaxadv.types import Objective
+from tests import helpers
+
+WEIGHTS = np.array([3.0, -1.0, 0.5, 2.0])
+
+
+def predict(x):
+  """One pixel, two classes: class 1 where `w x > 1`."""
+  score = x.reshape(len(x), -1) @ jnp.asarray(WEIGHTS, x.dtype)
+  return jnp.stack([jnp.ones_like(score), score], -1)
+
+
+def sample(progress):
+  return helpers.sample([0.0, 0.0], 0, progress=progress)
+
+
+def run(transform, delta, gradients, successes, num_steps):
+  state = transform.init(delta)
+  path = [delta]
+  for t, (gradient, success) in enumerate(zip(gradients, successes, strict=True)):
+    updates, state = transform.update(
+      gradient, state, delta, sample=sample(t / num_steps), success=jnp.bool_(success)
+    )
+    delta = delta + updates
+    path.append(delta)
+  return np.stack(path), state
+
+
+def test_steps_grow_until_the_first_success_and_follow_its_size_after():
+  with helpers.x64():
+    rule = transforms.shrink_on_success(
+      first=0.1, growth=2.0, reach=0.5, last=0.25, shrink=0.2
+    )
+    ones = jnp.ones(4)
+    path, _ = run(rule, jnp.zeros(4), [-ones] * 4, [False, False, True, False], 4)
+  # out by 0.1 and 0.2; the success at progress 1/2 has RMS 0.3 and shrinks by 0.2;
+  # the failure at 3/4 is half way: a = 0.25^(1/2), step 0.5 * 0.3 * a
+  wanted = [0.0, 0.1, 0.3, 0.24, 0.24 + 0.5 * 0.3 * 0.5]
+  np.testing.assert_allclose(path[:, 0], wanted, atol=1e-12)
+
+
+def test_what_is_given_up_fades_with_the_steps():
+  given = []
+
+  def constrain(delta, amount):
+    given.append(float(amount))
+    return delta
+
+  with helpers.x64():
+    rule = transforms.shrink_on_success(last=0.01, constrain=constrain)
+    run(rule, jnp.ones(4), [jnp.ones(4)] * 3, [True] * 3, 4)
+  np.testing.assert_allclose(given, [1, 0.01**0.25, 0.01**0.5], rtol=1e-12)
+
+
+def closest(scale=1.0, **options):
+  """Distance found to the linear model's boundary, and the closed form of it."""
+  x = jnp.full((1, 1, 4, 1), 0.1)
+  rule = transforms.shrink_on_success(**options)
+  attack = engine.gradient_attack(
+    Objective(lambda s: -scale * losses.margin(s), success=types.reached),
+    threats.box(),
+    optax.chain(transforms.normalize(2), transforms.scale_by_size(), rule),
+    num_steps=300,
+    random_start=False,
+    keep="smallest",
+  )
+  result = attack(jax.random.key(0), predict, x, jnp.array([1]))
+  assert result.success.all()
+  best = abs(1 - 0.1 * WEIGHTS.sum()) / np.linalg.norm(WEIGHTS)
+  return float(jnp.linalg.norm(result.image - x)), best
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_it_finds_the_closest_point_of_a_linear_model(scale):
+  distance, best = closest(scale, first=1e-3, growth=1.05)
+  assert best * (1 - 1e-5) <= distance <= 1.01 * best
+
+
+def test_a_rule_that_never_walks_home_keeps_its_overshoot():
+  """The twin of the test above, which must fail its bound."""
+  distance, best = closest(first=0.05, growth=1.0, shrink=0.0)
+  assert distance > 1.01 * best
+  assert closest(first=0.05, growth=1.0)[0] < 1.01 * best
+
+
+def test_peaks_are_clipped_relative_to_the_largest():
+  got = transforms.clip_peaks(jnp.array([1.0, -0.9, 0.2]), 0.25)
+  np.testing.assert_allclose(got, [0.75, -0.75, 0.2], atol=1e-7)
