@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadv import attacks, threats, types
+from jaxadv import attacks, combine, threats, types
 from jaxadv.line_search import line_search
 
 KEY = jax.random.key(0)
@@ -63,3 +63,35 @@ def test_examples_do_not_meet_and_jit_changes_nothing():
 def test_at_least_one_halving():
   with pytest.raises(ValueError, match=r"`num_steps` is 0"):
     search(0.1, num_steps=0)
+
+
+def shifted(amount):
+  """An attack that adds `amount` and claims success."""
+
+  def attack(key, predict, x, y):
+    result = combine.identity(key, predict, x, y)
+    image = x + jnp.float32(amount)
+    claimed = jnp.ones(len(x), bool)
+    return result._replace(image=image, delta=image - x, success=claimed)
+
+  return attack
+
+
+def test_what_it_returns_can_be_stored():
+  attack = line_search(
+    shifted(-0.3), threats.stored(threats.box()), success=types.fooled
+  )
+  result = attack(KEY, above, X, Y)
+  grey = 255 * np.asarray(result.image[:2])
+  np.testing.assert_allclose(grey, np.rint(grey), atol=1e-4)
+  assert result.success.all()
+
+
+def test_a_success_lost_by_rounding_is_not_claimed_for_a_shorter_one():
+  """One bit stores 0.6 as 1 and 0.3 as 0: nothing on the way up is a success."""
+  attack = line_search(
+    shifted(0.1), threats.stored(threats.box(), bits=1), success=types.fooled
+  )
+  result = attack(KEY, above, X, Y)
+  np.testing.assert_array_equal(result.image[:2], X[:2] + jnp.float32(0.1))
+  assert result.image[2] == 0
