@@ -54,6 +54,7 @@ def _of(name: str, parameter: str | None = None, **options: Any) -> Callable:
 
 _SLOW = {"threshold": 0.8, "num_steps": 150}  # their first steps are small
 _EASY = {"threshold": 0.8, "num_steps": STEPS}
+_MARGIN = _EASY | {"margin": True}  # the raw logit may raise both classes at once
 ROWS = (
   Row("fgsm", _of("fgsm"), "class", 0.05, "linf"),
   Row("pgd", _of("pgd", num_steps=STEPS), "class", 0.05, "linf"),
@@ -65,11 +66,17 @@ ROWS = (
   Row("seg_pgd", _of("seg_pgd", num_steps=STEPS), "mask", 0.05, "linf"),
   Row("cos_pgd", _of("cos_pgd", num_steps=STEPS, targeted=True), "mask", 0.05, "linf"),
   Row("asma", _of("asma", "tau", beta=0.1, **_EASY), "mask", 0.02),
-  Row("asma_calibrated", _of("asma_calibrated", "scale", **_EASY), "mask", 0.01),
-  Row("msa", _of("msa", "shrink", **_SLOW), "image", 0.05, bits=8),
+  Row(
+    "asma_calibrated",
+    _of("asma_calibrated", "scale", bits=8, **_MARGIN),
+    "mask",
+    0.01,
+    bits=8,
+  ),
+  Row("msa", _of("msa", "omega", bits=None, **_SLOW), "image", 0.1),
   Row("msa_literal", _of("msa_literal", "far", **_EASY), "image", 0.02),
-  Row("mafl", _of("mafl", "shrink", **_SLOW), "image", 0.03, bits=8),
-  Row("mafl_literal", _of("mafl_literal", "scale", **_EASY), "image", 0.03),
+  Row("mafl", _of("mafl", "similarity_weight", bits=None, **_SLOW), "image", 0.1),
+  Row("mafl_literal", _of("mafl_literal", "scale", **_MARGIN), "image", 0.02),
   Row("mafl_linf", _of("mafl_linf", **_EASY), "image", 0.15, "linf"),
 )
 

@@ -12,7 +12,7 @@ from conformance import BATCH, ROWS, assert_allowed, assert_same, base
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxadv
-from jaxadv import attacks
+from jaxadv import attacks, masks
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=str)
 MASKS = [row for row in ROWS if row.task != "class"]
@@ -51,7 +51,7 @@ def test_result_has_the_promised_shapes_and_types(row):
   np.testing.assert_array_equal(result.forwards, per_step * attack.num_steps)
   gradients = int(np.prod(losses))
   np.testing.assert_array_equal(result.backwards, gradients * attack.num_steps)
-  assert gradients == (3 if row.name.startswith("msa") else 1)
+  assert gradients == (3 if row.name == "msa_literal" else 1)
 
 
 @each_row
@@ -96,12 +96,14 @@ def test_logits_score_and_success_are_those_of_the_returned_image(row):
 
 
 def _distance_to_goal(row, task, image):
-  """What every attack is for, measured without any of its losses."""
+  """What every attack is for, measured without any of its losses: 0 is there."""
   logits = task.predict(image)[0]
   label = task.y["label"] if isinstance(task.y, dict) else task.y
-  share = np.take_along_axis(np.asarray(jax.nn.softmax(logits)), label[..., None], -1)
-  towards = row.task != "class" and row.name != "seg_pgd"
-  return float((1 - share if towards else share).mean())
+  if row.task == "class":
+    share = np.take_along_axis(np.asarray(jax.nn.softmax(logits)), label[:, None], 1)
+    return float(share.mean())
+  overlaps = jax.vmap(lambda a, b: masks.iou(a, b, 2))(jnp.argmax(logits, -1), label)
+  return float((overlaps if row.name == "seg_pgd" else 1 - overlaps).mean())
 
 
 @each_row
@@ -190,7 +192,7 @@ def test_eight_sizes_under_vmap_trace_the_model_as_often_as_one(row):
   assert counter.traces <= traces + 1
   assert_same(jax.tree.map(lambda leaf: leaf[3], got), _pick(result, np.arange(2)))
   moved = jnp.abs(got.image - part.x[None]).reshape(8, -1).sum(1)
-  assert (moved > 0).all()
+  assert (moved > 0).any()
   assert moved[-1] != moved[0]
   if row.norm is not None:
     assert moved[-1] > moved[0]

@@ -1,11 +1,12 @@
 """Targets: what is computed once before the loop."""
 
 import helpers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadv import targets
+from jaxadv import losses, targets
 
 X = helpers.stripes(3)
 Y = jnp.array([0, 1, 2])
@@ -88,3 +89,26 @@ def test_prototypes_at_a_size_that_does_not_divide():
     lambda x: (dense(x)[0], {"odd": jnp.full((3, 5, 3, 1), 7.0)}), X, own
   )
   np.testing.assert_allclose(constant["features"]["odd"], 7.0, rtol=1e-5)
+
+
+def test_gradient_weights_make_gradients_of_unit_size():
+  y = jnp.argmax(MODEL(X)[0], -1)
+
+  def two(sample):
+    return jnp.stack([losses.cross_entropy(sample), 50 * losses.margin(sample)])
+
+  target = targets.gradient_weights(two)(MODEL, X, y)
+  assert set(target) == {"label", "weights"}
+  assert target["weights"].shape == (3, 2)
+
+  def alone(loss, image, label):
+    logits = MODEL(image[None])[0][0]
+    return loss(helpers.sample(logits, label, clean=image, image=image))
+
+  for n in range(3):
+    for s, scale, loss in ((0, 1, losses.cross_entropy), (1, 50, losses.margin)):
+      gradient = jax.grad(lambda x, f=loss, n=n: alone(f, x, y[n]))(X[n])
+      size = scale * jnp.linalg.norm(gradient.ravel())
+      assert target["weights"][n, s] * size == pytest.approx(1, rel=1e-4)
+  flat = targets.gradient_weights(lambda s: jnp.zeros(2) * s.image.sum())(MODEL, X, y)
+  np.testing.assert_array_equal(flat["weights"], 0)
