@@ -97,12 +97,17 @@ def _interval(ratio):
 
 
 def _about(folders):
-  results = [json.loads((f / "results.json").read_text()) for f in folders]
-  lines = []
-  for folder, result in zip(folders, results, strict=True):
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    lines.append(f"- `{folder.name}`: commit {result.get('commit')}, {versions}")
-  return "\n".join(lines)
+  return "\n".join(f"- `{folder.name}`: {_origin(folder)}" for folder in folders)
+
+
+def _origin(folder):
+  path = folder / "results.json"
+  if not path.exists():
+    return "unfinished: only some attacks have run"
+  result = json.loads(path.read_text())
+  versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+  victim = ", ".join(f"{name} {v:.3f}" for name, v in result["victim"].items())
+  return f"commit {result['commit'][:12]}, {versions}; victim: {victim}"
 
 
 if __name__ == "__main__":

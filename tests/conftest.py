@@ -4,6 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+# its scripts make stored vectors, with packages the tests do not need
+collect_ignore = ["golden"]
+
 
 @pytest.fixture(scope="session")
 def discs(tmp_path_factory):

@@ -47,7 +47,7 @@ def test_projection_lands_in_ball_and_range_and_stays_there(norm, scale):
 
 @each_ball
 def test_projection_on_the_ball_is_the_nearest_point(norm):
-  """`<d - P d, q - P d> <= 0` for every q of the ball, which also says non-expansive."""
+  """`<d - P d, q - P d> <= 0` for all q of the ball; so it is non-expansive too."""
   with helpers.x64():
     project = BALLS[norm](RADII[norm]).project
     delta = draws(20, 0.5).astype(jnp.float64)
@@ -104,7 +104,9 @@ def test_gradient_passes_straight_through_the_clip():
     np.testing.assert_allclose(
       threat.apply(x, delta), [0, 1, 153 / 255], atol=0.5 / 255
     )
-    slope = jax.grad(lambda d, t=threat: t.apply(x, d) @ jnp.arange(1.0, 4.0))(delta)
+    slope = jax.grad(lambda d, x=x, t=threat: t.apply(x, d) @ jnp.arange(1.0, 4.0))(
+      delta
+    )
     np.testing.assert_array_equal(slope, [1, 2, 3])
 
 

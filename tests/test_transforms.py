@@ -1,7 +1,5 @@
 """Transforms of one gradient: published vectors, and what each must keep."""
 
-import functools
-
 import helpers
 import jax
 import jax.numpy as jnp
@@ -43,14 +41,17 @@ def test_normalize_gives_unit_norm_and_leaves_zero(ord):
   assert not run(transforms.normalize(ord), [np.zeros((2, 2))])[0].any()
 
 
+STEPS = [(1, -3, 0, 4), (-2, 2, 2, 2)]
+
+
 @pytest.mark.parametrize(
   ("decay", "gradients", "want"),
   [
     (1.0, [(2, -1, 1), (-3, 1, 0)], [(0.5, -0.25, 0.25), (-0.25, 0, 0.25)]),
-    (1.0, [(1, -3, 0, 4), (-2, 2, 2, 2)], np.array([(0.5, -1.5, 0, 2), (-0.5, -0.5, 1, 3)]) / 4),
-    (0.5, [(1, -3, 0, 4), (-2, 2, 2, 2)], np.array([(0.5, -1.5, 0, 2), (-0.75, 0.25, 1, 2)]) / 4),
+    (1.0, STEPS, np.array([(0.5, -1.5, 0, 2), (-0.5, -0.5, 1, 3)]) / 4),
+    (0.5, STEPS, np.array([(0.5, -1.5, 0, 2), (-0.75, 0.25, 1, 2)]) / 4),
   ],
-)  # fmt: skip
+)
 def test_momentum_of_mi_fgsm(decay, gradients, want):
   """The specs divide by the mean of 4 values, ours by their sum: a quarter of it."""
   got = run(parts.momentum(decay), np.array(gradients, float))
