@@ -106,8 +106,8 @@ def _origin(folder):
     return "unfinished: only some attacks have run"
   result = json.loads(path.read_text())
   versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
-  victim = ", ".join(f"{name} {v:.3f}" for name, v in result["victim"].items())
-  return f"commit {result['commit'][:12]}, {versions}; victim: {victim}"
+  victim = f"victim's test IoU {result['victim']['iou']:.3f}"
+  return f"commit {result['commit'][:12]}, {versions}; {victim}"
 
 
 if __name__ == "__main__":
