@@ -32,7 +32,7 @@ def line_search(
 
   Returns:
     An attack: each example is the shortest success met, or the attack's own result if
-    there was none.
+    there was none. `score`, `losses` and `steps` stay those of the attack.
 
   Example:
     >>> from jaxadv import attacks, threats

@@ -109,9 +109,9 @@ def mafl_literal(
 ) -> Attack:
   """MAFL read as "ASMA with add-ons" (reconstruction).
 
-  Ascends `mean_active z_y - w C - penalty ||P d||^2` with momentum on the gradient and
-  ASMA's multiplier `scale (1 + gain * IoU)`; `C` is the feature similarity and `P` the
-  low band, penalised or projected away.
+  Ascends `A - w C - penalty ||P d||^2` with momentum on the gradient and ASMA's
+  multiplier `scale (1 + gain * IoU)`; `A` sums `z_y` over the wrong pixels and divides
+  by all, `C` is the feature similarity, `P` the low band, penalised or projected away.
 
   Args:
     num_steps: steps.
@@ -181,7 +181,8 @@ def mafl_linf(
 ) -> Attack:
   """MAFL inside an Linf ball (reconstruction): sign steps of `2 eps / num_steps`.
 
-  Ascends `mean_active margin - w C - penalty ||P d||^2` with the momentum of MI-FGSM.
+  Ascends `A - w C - penalty ||P d||^2` as `mafl_literal` does, `A` of margins, with the
+  momentum of MI-FGSM.
 
   Args:
     eps: Linf radius.
