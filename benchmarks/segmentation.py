@@ -107,7 +107,12 @@ def _origin(folder):
   result = json.loads(path.read_text())
   versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
   victim = f"victim's test IoU {result['victim']['iou']:.3f}"
-  return f"commit {result['commit'][:12]}, {versions}; {victim}"
+  return f"commit {_short(result['commit'])}, {versions}; {victim}"
+
+
+def _short(commit):
+  number, *dirty = (commit or "unknown").split("-")
+  return "-".join([number[:12], *dirty])
 
 
 if __name__ == "__main__":

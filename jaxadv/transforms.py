@@ -194,11 +194,11 @@ def shrink_on_success(
   """Walks down the gradient until the attack succeeds, then walks home.
 
   Before the first success steps are small and grow: `d <- d - first * growth^t * g`.
-  From then on, with `r` the RMS of the perturbation at that moment and `a` falling
-  geometrically from 1 to `last` at the end:
+  From then on, with `r` the RMS of the perturbation at that moment, `a` falling
+  geometrically from 1 to `last` at the end and `b = sqrt(a)`:
 
       failure:  d <- d - reach * r * a * g
-      success:  d <- constrain((1 - shrink * sqrt(a)) * d, a)
+      success:  d <- constrain((1 - shrink * b) * d, b)
 
   so the perturbation crosses the decision back and forth in ever smaller steps, and the
   smallest success meets the threshold exactly. Steps are measured in the perturbation
@@ -211,7 +211,7 @@ def shrink_on_success(
     reach: step after a failure as a share of `r`.
     last: what is left of `a` at the end, in (0, 1].
     shrink: share of the perturbation given up by the first success, in [0, 1).
-    constrain: `(delta, a) -> delta`, what else to give up on success.
+    constrain: `(delta, b) -> delta`, what else to give up on success.
 
   Returns:
     A transform that reads `sample` and `success` and needs the perturbation.
@@ -227,8 +227,9 @@ def shrink_on_success(
     found = state.size > 0
     decay = last ** ((sample.progress - state.since) / (1 - state.since))
     step = jnp.where(found, reach * state.size * decay, state.step)
-    home = (1 - shrink * jnp.sqrt(decay)) * params
-    home = home if constrain is None else constrain(home, decay)
+    giving = jnp.sqrt(decay)
+    home = (1 - shrink * giving) * params
+    home = home if constrain is None else constrain(home, giving)
     updates = jnp.where(success, home - params, -step * g)
     return updates, state._replace(step=state.step * growth)
 

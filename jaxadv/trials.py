@@ -102,11 +102,13 @@ def run_batch(
   result = jax.block_until_ready(program(scene.variables, keys, x, y))
   seconds = (time.perf_counter() - started) / len(numbers)
   report = _measure(scene.predict, scene.variables, x, result.image, y["label"], clean)
-  columns = {name: np.asarray(v) for name, v in _columns(result, report).items()}
+  # Compared in float32, as the attack does: an IoU of 19/20 reaches 0.95.
+  reached = {"success_8bit": (report["iou_8bit"] >= scene.threshold).astype(jnp.int32)}
+  columns = _columns(result, report) | reached
+  columns = {name: np.asarray(value) for name, value in columns.items()}
   rows = []
   for i, number in enumerate(numbers):
     values = {name: value[i].item() for name, value in columns.items()}
-    values["success_8bit"] = int(values["iou_8bit"] >= scene.threshold)
     rows.append(place(scene, number) | values | {"seconds": seconds})
   stored = np.rint(255 * np.asarray(result.image)).astype(np.uint8)
   return rows, stored[: len(numbers)]

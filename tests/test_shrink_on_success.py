@@ -58,7 +58,7 @@ def test_what_is_given_up_fades_with_the_steps():
   with helpers.x64():
     rule = transforms.shrink_on_success(last=0.01, constrain=constrain)
     run(rule, jnp.ones(4), [jnp.ones(4)] * 3, [True] * 3, 4)
-  np.testing.assert_allclose(given, [1, 0.01**0.25, 0.01**0.5], rtol=1e-12)
+  np.testing.assert_allclose(given, [1, 0.01**0.125, 0.01**0.25], rtol=1e-12)
 
 
 def closest(scale=1.0, **options):

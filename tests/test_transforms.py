@@ -193,7 +193,7 @@ def test_shrink_on_success_gives_up_what_it_is_told_to():
   )  # all of the peak at first
   later = helpers.sample([0.0], 0, progress=0.5)
   halved = transforms.shrink_on_success(
-    shrink=0.0, last=0.25, constrain=transforms.clip_peaks
+    shrink=0.0, last=0.0625, constrain=transforms.clip_peaks
   )
   state = halved.init(delta)
   for point in (sample, later):
