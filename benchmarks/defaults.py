@@ -13,17 +13,16 @@ import functools
 from jaxadv import attacks, job, progress, studies
 
 SEED = 100  # no table of the docs uses it
-PEAKS = (0.1, 0.2, 0.3)
-# Low band given up, share of the peak, decay of the momentum.
-BALANCES = (
-  (0.05, 0.1, 0.5),
-  (0.05, 0.2, 0.5),
-  (0.05, 0.3, 0.5),
-  (0.08, 0.2, 0.5),
-  (0.05, 0.2, 0.0),
-  (0.08, 0.3, 0.5),
-  (0.08, 0.3, 0.75),
-  (0.1, 0.4, 0.5),
+# Shrink, share of the peak.
+MSA = ((0.05, 0.2), (0.1, 0.2), (0.1, 0.4), (0.2, 0.4))
+# Shrink, low band given up, share of the peak, decay of the momentum.
+MAFL = (
+  (0.05, 0.1, 0.4, 0.5),
+  (0.05, 0.15, 0.5, 0.5),
+  (0.1, 0.15, 0.6, 0.5),
+  (0.1, 0.2, 0.6, 0.5),
+  (0.1, 0.2, 0.6, 0.0),
+  (0.1, 0.3, 0.6, 0.5),
 )
 
 
@@ -57,12 +56,10 @@ def grid(gradients, threshold):
   mafl = functools.partial(attacks.mafl, num_steps=gradients, **shared)
   return (
     {name: attack for name, attack in swept.items() if name.startswith("asma")}
-    | {f"msa peak {peak}": msa(peak=peak) for peak in PEAKS}
+    | {f"msa {a} {b}": msa(shrink=a, peak=b) for a, b in MSA}
     | {
-      f"mafl band {band} peak {peak} momentum {decay}": mafl(
-        band_shrink=band, peak=peak, decay=decay
-      )
-      for band, peak, decay in BALANCES
+      f"mafl {a} {b} {c} {d}": mafl(shrink=a, band_shrink=b, peak=c, decay=d)
+      for a, b, c, d in MAFL
     }
   )
 

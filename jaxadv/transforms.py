@@ -188,7 +188,7 @@ def shrink_on_success(
   growth: float | jax.Array = 1.02,
   reach: float | jax.Array = 0.1,
   last: float | jax.Array = 0.02,
-  shrink: float | jax.Array = 0.05,
+  shrink: float | jax.Array = 0.1,
   constrain: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Walks down the gradient until the attack succeeds, then walks home.
