@@ -13,16 +13,15 @@ import functools
 from jaxadv import attacks, job, progress, studies
 
 SEED = 100  # no table of the docs uses it
-# Shrink, share of the peak.
-MSA = ((0.05, 0.2), (0.1, 0.2), (0.1, 0.4), (0.2, 0.4))
-# Shrink, low band given up, share of the peak, decay of the momentum.
+# Shrink, share of the peak, floor.
+MSA = ((0.05, 0.2, 0.0), (0.1, 0.4, 0.0), (0.1, 0.4, 0.6))
+# Shrink, low band given up, share of the peak, floor, decay of the momentum.
 MAFL = (
-  (0.05, 0.1, 0.4, 0.5),
-  (0.05, 0.15, 0.5, 0.5),
-  (0.1, 0.15, 0.6, 0.5),
-  (0.1, 0.2, 0.6, 0.5),
-  (0.1, 0.2, 0.6, 0.0),
-  (0.1, 0.3, 0.6, 0.5),
+  (0.05, 0.15, 0.5, 0.0, 0.5),
+  (0.1, 0.15, 0.6, 0.0, 0.5),
+  (0.1, 0.25, 0.6, 0.6, 0.5),
+  (0.1, 0.25, 0.6, 0.6, 0.0),
+  (0.1, 0.3, 0.8, 0.6, 0.5),
 )
 
 
@@ -56,10 +55,12 @@ def grid(gradients, threshold):
   mafl = functools.partial(attacks.mafl, num_steps=gradients, **shared)
   return (
     {name: attack for name, attack in swept.items() if name.startswith("asma")}
-    | {f"msa {a} {b}": msa(shrink=a, peak=b) for a, b in MSA}
+    | {f"msa {a} {b} {c}": msa(shrink=a, peak=b, floor=c) for a, b, c in MSA}
     | {
-      f"mafl {a} {b} {c} {d}": mafl(shrink=a, band_shrink=b, peak=c, decay=d)
-      for a, b, c, d in MAFL
+      f"mafl {a} {b} {c} {d} {e}": mafl(
+        shrink=a, band_shrink=b, peak=c, floor=d, decay=e
+      )
+      for a, b, c, d, e in MAFL
     }
   )
 

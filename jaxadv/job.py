@@ -268,10 +268,14 @@ def _recorded(run, scene, name):
 def _rows(run):
   """The rows as numbers, attacks in the order of the config, pairs in order."""
   order = {name: i for i, name in enumerate(run.experiment.attacks)}
+  path = run.folder / "rows.csv"
   rows = [
     {name: _number(name, value) for name, value in row.items()}
-    for row in records.read_rows(run.folder / "rows.csv")
+    for row in records.read_rows(path)
   ]
+  unknown = sorted({row["attack"] for row in rows} - order.keys())
+  if unknown:
+    raise JobError(f"{path} has rows of {unknown}, not among the attacks; delete it.")
   return sorted(rows, key=lambda row: (order[row["attack"]], row["pair"]))
 
 

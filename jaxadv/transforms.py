@@ -30,6 +30,7 @@ __all__ = [
   "scale_by_first_norm",
   "scale_by_mask_iou",
   "scale_by_size",
+  "shrink_band",
   "shrink_on_success",
   "sign_step",
   "smooth",
@@ -173,12 +174,12 @@ class HomingState(NamedTuple):
 
   Attributes:
     step: size of the next step before the first success.
-    size: RMS of the perturbation at the first success; 0 before it.
+    first: the perturbation at the first success; 0 before it.
     since: progress at the first success.
   """
 
   step: jax.Array
-  size: jax.Array
+  first: jax.Array
   since: jax.Array
 
 
@@ -189,16 +190,16 @@ def shrink_on_success(
   reach: float | jax.Array = 0.1,
   last: float | jax.Array = 0.02,
   shrink: float | jax.Array = 0.1,
-  constrain: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+  constrain: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Walks down the gradient until the attack succeeds, then walks home.
 
   Before the first success steps are small and grow: `d <- d - first * growth^t * g`.
-  From then on, with `r` the RMS of the perturbation at that moment, `a` falling
+  From then on, with `f` the perturbation at that moment and `r` its RMS, `a` falling
   geometrically from 1 to `last` at the end and `b = sqrt(a)`:
 
       failure:  d <- d - reach * r * a * g
-      success:  d <- constrain((1 - shrink * b) * d, b)
+      success:  d <- constrain((1 - shrink * b) * d, b, f)
 
   so the perturbation crosses the decision back and forth in ever smaller steps, and the
   smallest success meets the threshold exactly. Steps are measured in the perturbation
@@ -211,7 +212,7 @@ def shrink_on_success(
     reach: step after a failure as a share of `r`.
     last: what is left of `a` at the end, in (0, 1].
     shrink: share of the perturbation given up by the first success, in [0, 1).
-    constrain: `(delta, b) -> delta`, what else to give up on success.
+    constrain: `(delta, b, f) -> delta`, what else to give up on success.
 
   Returns:
     A transform that reads `sample` and `success` and needs the perturbation.
@@ -219,17 +220,17 @@ def shrink_on_success(
 
   def init(params):
     zero = jnp.zeros((), params.dtype)
-    return HomingState(jnp.full((), first, params.dtype), zero, zero)
+    return HomingState(zero + first, jnp.zeros_like(params), zero)
 
   def update(g, state, params=None, *, sample, success, **extra):
     del extra
     state = _first_success(state, params, sample.progress, success)
-    found = state.size > 0
+    size = _rms(state.first)
     decay = last ** ((sample.progress - state.since) / (1 - state.since))
-    step = jnp.where(found, reach * state.size * decay, state.step)
+    step = jnp.where(size > 0, reach * size * decay, state.step)
     giving = jnp.sqrt(decay)
     home = (1 - shrink * giving) * params
-    home = home if constrain is None else constrain(home, giving)
+    home = home if constrain is None else constrain(home, giving, state.first)
     updates = jnp.where(success, home - params, -step * g)
     return updates, state._replace(step=state.step * growth)
 
@@ -237,23 +238,88 @@ def shrink_on_success(
 
 
 def _first_success(state, delta, progress, success):
-  is_first = success & (state.size == 0)
-  rms = jnp.sqrt(jnp.square(delta).mean())
+  is_first = success & ~state.first.any()
   return state._replace(
-    size=jnp.where(is_first, rms, state.size),
+    first=jnp.where(is_first, delta, state.first),
     since=jnp.where(is_first, progress, state.since).astype(state.since.dtype),
   )
 
 
-def clip_peaks(delta: jax.Array, share: float | jax.Array) -> jax.Array:
-  """Clips the largest values: `|delta| <= (1 - share) * max |delta|`.
+def clip_peaks(
+  delta: jax.Array,
+  share: float | jax.Array,
+  *,
+  first: jax.Array,
+  floor: float | jax.Array,
+) -> jax.Array:
+  """Clips the largest values, down to a floor relative to the RMS.
+
+      |d| <= max((1 - share) max|d|, floor * rms(d) * max|f| / rms(f))
+
+  Args:
+    delta: any shape.
+    share: of the largest value to give up, in [0, 1].
+    first: `f`, like `delta`, what the floor refers to.
+    floor: in [0, 1].
 
   Example:
-    >>> print(clip_peaks(jnp.array([1.0, -0.2]), 0.25).round(2))
-    [ 0.75       -0.19999999]
+    >>> delta = jnp.array([1.0, -0.25])
+    >>> for share in (0.25, 0.75):
+    ...   print(clip_peaks(delta, share, first=delta, floor=0.5))
+    [ 0.75 -0.25]
+    [ 0.5  -0.25]
   """
+  steepness = jnp.abs(first).max() / _positive(_rms(first))
   peak = (1 - share) * jnp.abs(delta).max()
+  peak = jnp.maximum(peak, floor * steepness * _rms(delta))
   return jnp.clip(delta, -peak, peak)
+
+
+def shrink_band(
+  delta: jax.Array,
+  band: Callable[[jax.Array], jax.Array],
+  share: float | jax.Array,
+  *,
+  first: jax.Array,
+  floor: float | jax.Array,
+) -> jax.Array:
+  """Gives up a share of one band, down to a floor: `d - (1 - k) B d`.
+
+  `k = max(1 - share, k0)`, at most 1; at `k0` the band holds `floor` times the share of
+  the energy that it holds in `first`.
+
+  Args:
+    delta: `(..., C)`.
+    band: orthogonal projector `B`.
+    share: of the band to give up, in [0, 1].
+    first: like `delta`, what the floor refers to.
+    floor: in [0, 1].
+
+  Example:
+    >>> keep_last = lambda d: d * jnp.array([0.0, 1.0])
+    >>> delta, first = jnp.array([3.0, 4.0]), jnp.array([1.0, 1.0])
+    >>> for share in (0.1, 0.9):  # ||B d||^2 may fall to half of ||d||^2
+    ...   print(shrink_band(delta, keep_last, share, first=first, floor=1.0))
+    [3.  3.6]
+    [3. 3.]
+  """
+  inside = band(delta)
+  wanted = floor * _energy(band(first)) / _positive(_energy(first))
+  level = wanted / _positive(1 - wanted) * _energy(delta - inside)
+  enough = jnp.sqrt(level / _positive(_energy(inside)))
+  return delta - (1 - jnp.clip(enough, 1 - share, 1)) * inside
+
+
+def _rms(x):
+  return jnp.sqrt(jnp.square(x).mean())
+
+
+def _energy(x):
+  return jnp.square(x).sum()
+
+
+def _positive(x):
+  return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
 
 
 def _with_sample(update: Callable[[jax.Array, Sample], jax.Array]) -> Any:

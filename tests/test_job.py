@@ -237,6 +237,14 @@ def test_rows_of_other_pairs_are_refused(config, finished, tmp_path):
     job.attack(job.prepare(config, out=folder))
 
 
+def test_rows_of_an_attack_that_is_not_run_are_refused(config, finished, tmp_path):
+  folder = copy(finished[0], tmp_path)
+  lines = (folder / "rows.csv").read_text().splitlines(keepends=True)
+  (folder / "rows.csv").write_text("".join(lines).replace("noise", "louder"))
+  with pytest.raises(job.JobError, match=r"rows of \['louder'\], not among"):
+    job.attack(job.prepare(config, out=folder))
+
+
 def test_damaged_rows_are_refused_by_line(tmp_path):
   path = tmp_path / "rows.csv"
   path.write_text("a,b\n1,2\n3\n4,5\n")

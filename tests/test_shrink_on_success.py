@@ -1,12 +1,14 @@
 """The step rule of MSA and MAFL: out in small steps, home in ever smaller ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxadv import engine, losses, threats, transforms, types
+from jaxadv import engine, filters, losses, threats, transforms, types
 from jaxadv.types import Objective
 from tests import helpers
 
@@ -48,17 +50,19 @@ def test_steps_grow_until_the_first_success_and_follow_its_size_after():
   np.testing.assert_allclose(path[:, 0], wanted, atol=1e-12)
 
 
-def test_what_is_given_up_fades_with_the_steps():
-  given = []
+def test_what_is_given_up_fades_with_the_steps_and_refers_to_the_first_success():
+  given, first = [], []
 
-  def constrain(delta, amount):
+  def constrain(delta, amount, reference):
     given.append(float(amount))
+    first.append(np.asarray(reference))
     return delta
 
   with helpers.x64():
     rule = transforms.shrink_on_success(last=0.01, constrain=constrain)
     run(rule, jnp.ones(4), [jnp.ones(4)] * 3, [True] * 3, 4)
   np.testing.assert_allclose(given, [1, 0.01**0.125, 0.01**0.25], rtol=1e-12)
+  np.testing.assert_array_equal(first, np.ones((3, 4)))
 
 
 def closest(scale=1.0, **options):
@@ -93,5 +97,35 @@ def test_a_rule_that_never_walks_home_keeps_its_overshoot():
 
 
 def test_peaks_are_clipped_relative_to_the_largest():
-  got = transforms.clip_peaks(jnp.array([1.0, -0.9, 0.2]), 0.25)
+  delta = jnp.array([1.0, -0.9, 0.2])
+  got = transforms.clip_peaks(delta, 0.25, first=delta, floor=0.5)
   np.testing.assert_allclose(got, [0.75, -0.75, 0.2], atol=1e-7)
+
+
+def test_peaks_are_left_their_floor():
+  delta = jnp.array([1.0, -0.9, 0.2])
+  first = jnp.array([4.0, 2.0, 2.0])  # peak / RMS = sqrt(2)
+  got = transforms.clip_peaks(delta, 1.0, first=first, floor=0.5)
+  floor = 0.5 * np.sqrt(2) * np.sqrt((1 + 0.81 + 0.04) / 3)
+  np.testing.assert_allclose(got, [floor, -floor, 0.2], atol=1e-7)
+
+
+def fraction(delta):
+  return np.square(filters.low_pass(delta, 0.25)).sum() / np.square(delta).sum()
+
+
+@pytest.mark.parametrize(("share", "floor"), [(0.9, 0.6), (1.0, 0.0), (0.1, 0.6)])
+def test_a_band_is_given_up_down_to_its_floor(share, floor):
+  first, delta = np.random.default_rng(0).normal(size=(2, 16, 16, 3))
+  band = functools.partial(filters.low_pass, cutoff=0.25)
+  with helpers.x64():
+    delta = jnp.asarray(delta) + band(jnp.asarray(delta))
+    got = transforms.shrink_band(delta, band, share, first=first, floor=floor)
+    low, kept = band(delta), band(got)
+    np.testing.assert_allclose(got - kept, delta - low, atol=1e-12)
+    if share == 0.1:  # far from the floor
+      np.testing.assert_allclose(kept, 0.9 * low, atol=1e-12)
+    else:
+      assert fraction(got) == pytest.approx(floor * fraction(first), abs=1e-12)
+      again = transforms.shrink_band(got, band, share, first=first, floor=floor)
+      np.testing.assert_allclose(again, got, atol=1e-12)

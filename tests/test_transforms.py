@@ -183,7 +183,10 @@ def test_shrink_on_success_walks_out_and_then_home_in_smaller_steps():
 
 
 def test_shrink_on_success_gives_up_what_it_is_told_to():
-  rule = transforms.shrink_on_success(shrink=0.0, constrain=transforms.clip_peaks)
+  rule = transforms.shrink_on_success(
+    shrink=0.0,
+    constrain=lambda d, b, f: transforms.clip_peaks(d, b, first=f, floor=0.0),
+  )
   delta, sample = jnp.array([0.3, -0.4]), helpers.sample([0.0], 0)
   move, _ = rule.update(
     delta, rule.init(delta), delta, sample=sample, success=jnp.bool_(True)
@@ -193,7 +196,9 @@ def test_shrink_on_success_gives_up_what_it_is_told_to():
   )  # all of the peak at first
   later = helpers.sample([0.0], 0, progress=0.5)
   halved = transforms.shrink_on_success(
-    shrink=0.0, last=0.0625, constrain=transforms.clip_peaks
+    shrink=0.0,
+    last=0.0625,
+    constrain=lambda d, b, f: transforms.clip_peaks(d, b, first=f, floor=0.0),
   )
   state = halved.init(delta)
   for point in (sample, later):

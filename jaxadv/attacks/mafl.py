@@ -31,10 +31,11 @@ def mafl(
   similarity_weight: float = 0.1,
   low_band: Literal["fft", "haar"] = "fft",
   cutoff: float = 0.25,
-  band_shrink: Scalar = 0.2,
+  band_shrink: Scalar = 0.25,
   decay: float = 0.5,
   shrink: Scalar = 0.1,
   peak: Scalar = 0.6,
+  floor: Scalar = 0.6,
   bits: int | None = 8,
   threshold: float = 0.95,
   bounds: Bounds = (0.0, 1.0),
@@ -44,7 +45,7 @@ def mafl(
   Our reconstruction. Raises the margin of the pixels that are still wrong minus
   `similarity_weight` times the feature similarity, with momentum; on success the
   perturbation shrinks, its largest values are clipped, and its low band shrinks
-  further: low frequencies stay close to those of the clean image.
+  further, down to a floor: low frequencies stay close to those of the clean image.
 
   Args:
     num_steps: steps.
@@ -57,6 +58,8 @@ def mafl(
     decay: of the momentum.
     shrink: see `transforms.shrink_on_success`.
     peak: share of the largest value clipped by the first success.
+    floor: what is left of the low band's share of the energy, and of the largest value
+      in units of the RMS, relative to the first success.
     bits: attack the image as stored in this many bits.
     threshold: IoU that counts as success.
     bounds: valid range of images.
@@ -71,10 +74,13 @@ def mafl(
   """
   band = _band(low_band, cutoff)
   alike = _similarity(feature, similarity)
+  clip = parts.clip_peaks(peak, floor)
 
-  def give_up(delta, amount):
-    delta = delta - band_shrink * amount * band(delta)
-    return parts.clip_peaks(peak, delta, amount)
+  def give_up(delta, amount, first):
+    delta = transforms.shrink_band(
+      delta, band, band_shrink * amount, first=first, floor=floor
+    )
+    return clip(delta, amount, first)
 
   return gradient_attack(
     parts.mask_objective(

@@ -30,6 +30,7 @@ def msa(
   omega: float = 0.1,
   shrink: Scalar = 0.1,
   peak: Scalar = 0.4,
+  floor: Scalar = 0.6,
   bits: int | None = 8,
   threshold: float = 0.95,
   bounds: Bounds = (0.0, 1.0),
@@ -49,6 +50,8 @@ def msa(
     omega: weight of the features together.
     shrink: see `transforms.shrink_on_success`.
     peak: share of the largest value clipped by the first success.
+    floor: what is left of the largest value, in units of the RMS and relative to the
+      first success.
     bits: attack the image as stored in this many bits.
     threshold: IoU that counts as success.
     bounds: valid range of images.
@@ -71,7 +74,7 @@ def msa(
   return gradient_attack(
     parts.mask_objective(loss, threshold, targets.gradient_weights(scales, guides)),
     parts.box(bits, bounds),
-    parts.homing(shrink, functools.partial(parts.clip_peaks, peak)),
+    parts.homing(shrink, parts.clip_peaks(peak, floor)),
     num_steps=num_steps,
     random_start=False,
     keep="smallest",

@@ -12,6 +12,7 @@ from jaxadv.types import LossFn, Objective, PrepareFn, Threat, labels, reached
 
 __all__ = [
   "Bounds",
+  "GiveUp",
   "Keep",
   "Scalar",
   "box",
@@ -26,6 +27,8 @@ __all__ = [
 Scalar = float | jax.Array
 Bounds = tuple[Any, Any]
 Keep = Literal["last", "best", "smallest"]
+# (delta, amount, delta at the first success) -> delta; see `shrink_on_success`
+GiveUp = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def mask_objective(
@@ -58,15 +61,15 @@ def unit_step() -> optax.GradientTransformation:
   return optax.chain(transforms.normalize(2), transforms.scale_by_size())
 
 
-def homing(
-  shrink: Scalar, constrain: Callable[[jax.Array, jax.Array], jax.Array]
-) -> optax.GradientTransformation:
+def homing(shrink: Scalar, constrain: GiveUp) -> optax.GradientTransformation:
   """Unit steps until success, then home; see `transforms.shrink_on_success`."""
   return optax.chain(
     unit_step(), transforms.shrink_on_success(shrink=shrink, constrain=constrain)
   )
 
 
-def clip_peaks(peak: Scalar, delta: jax.Array, amount: jax.Array) -> jax.Array:
-  """Gives up the share `peak * amount` of the largest value."""
-  return transforms.clip_peaks(delta, peak * amount)
+def clip_peaks(peak: Scalar, floor: Scalar) -> GiveUp:
+  """Gives up the share `peak * amount` of the largest value, down to a floor."""
+  return lambda delta, amount, first: transforms.clip_peaks(
+    delta, peak * amount, first=first, floor=floor
+  )
