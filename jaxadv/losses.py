@@ -198,6 +198,7 @@ def mask_logits(sample: Sample) -> jax.Array:
   """ASMA's attack term: `sum z_{i, y_i}` over the pixels not yet at their target.
 
   A sum of raw logits; the active set is a constant of the gradient.
+
   Reference: Ozbulak et al., MICCAI 2019, arXiv 1907.13124.
   """
   wanted = _pick(_logits(sample), sample.target["label"])
@@ -395,6 +396,5 @@ def _cosine(a, b):
 
 def _example(logits, label):
   """A sample with nothing but logits and a label, for the examples above."""
-  empty = jnp.zeros(())
-  target = {"label": jnp.asarray(label)}
+  empty, target = jnp.zeros(()), {"label": jnp.asarray(label)}
   return Sample(empty, empty, empty, jnp.asarray(logits), {}, target, empty)

@@ -18,6 +18,7 @@ from jaxadv.apgd import scale_by_apgd
 from jaxadv.types import Sample, overlap
 
 __all__ = [
+  "GiveUp",
   "HomingState",
   "clip_peaks",
   "combine_normalized",
@@ -36,6 +37,9 @@ __all__ = [
   "smooth",
   "sparse_sign",
 ]
+
+# (delta, how much of it, delta at the first success) -> delta; see `shrink_on_success`
+GiveUp = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def sign_step(step_size: float | jax.Array) -> optax.GradientTransformation:
@@ -190,7 +194,7 @@ def shrink_on_success(
   reach: float | jax.Array = 0.1,
   last: float | jax.Array = 0.02,
   shrink: float | jax.Array = 0.1,
-  constrain: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+  constrain: GiveUp | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Walks down the gradient until the attack succeeds, then walks home.
 

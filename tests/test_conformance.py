@@ -187,7 +187,7 @@ def test_eight_sizes_under_vmap_trace_the_model_as_often_as_one(row):
   assert counter.traces <= traces + 1
   assert_same(jax.tree.map(lambda leaf: leaf[3], got), _pick(result, np.arange(2)))
   moved = jnp.abs(got.image - part.x[None]).reshape(8, -1).sum(1)
-  assert (moved > 0).any()
+  assert (moved > 0).all() or row.bits  # a small size may round to nothing
   assert moved[-1] != moved[0]
   if row.norm is not None:
     assert moved[-1] > moved[0]

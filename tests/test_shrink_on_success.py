@@ -40,13 +40,14 @@ def run(transform, delta, gradients, successes, num_steps):
 def test_steps_grow_until_the_first_success_and_follow_its_size_after():
   with helpers.x64():
     rule = transforms.shrink_on_success(
-      first=0.1, growth=2.0, reach=0.5, last=0.25, shrink=0.2
+      first=0.1, growth=2.0, reach=0.5, last=1 / 64, shrink=0.2
     )
-    ones = jnp.ones(4)
-    path, _ = run(rule, jnp.zeros(4), [-ones] * 4, [False, False, True, False], 4)
-  # out by 0.1 and 0.2; the success at progress 1/2 has RMS 0.3 and shrinks by 0.2;
-  # the failure at 3/4 is half way: a = 0.25^(1/2), step 0.5 * 0.3 * a
-  wanted = [0.0, 0.1, 0.3, 0.24, 0.24 + 0.5 * 0.3 * 0.5]
+    successes = [False, False, True, False, True]
+    path, _ = run(rule, jnp.zeros(4), [-jnp.ones(4)] * 5, successes, 8)
+  # out by 0.1 and 0.2; the success at progress 2/8 has RMS 0.3 and shrinks by 0.2; the
+  # failure at 3/8 moves by 0.5 * 0.3 * a, a = 1/2; at 4/8 a = 1/4, and the success
+  # shrinks by 0.2 * sqrt(a)
+  wanted = [0.0, 0.1, 0.3, 0.24, 0.315, 0.9 * 0.315]
   np.testing.assert_allclose(path[:, 0], wanted, atol=1e-12)
 
 

@@ -157,57 +157,6 @@ def test_scales():
   assert np.linalg.norm(later) == pytest.approx(1, abs=1e-12)
 
 
-def test_shrink_on_success_walks_out_and_then_home_in_smaller_steps():
-  rule = transforms.shrink_on_success(
-    first=0.01, growth=1.5, reach=0.1, last=0.01, shrink=0.2
-  )
-  delta, gradient = jnp.array([0.3, -0.4]), jnp.array([1.0, 2.0])
-  rms, state, moves = np.sqrt(0.125), rule.init(delta), []
-  # (progress, success): two failures, the first success, a failure, another success
-  for progress, success in [(0, 0), (0.1, 0), (0.2, 1), (0.6, 0), (0.8, 1)]:
-    sample = helpers.sample([0.0], 0, progress=progress)
-    move, state = rule.update(
-      gradient, state, delta, sample=sample, success=jnp.bool_(success)
-    )
-    moves.append(move)
-  a = [0.01 ** ((p - 0.2) / 0.8) for p in (0.2, 0.6, 0.8)]
-  want = [
-    -0.01 * gradient,
-    -0.015 * gradient,
-    -0.2 * delta,
-    -0.1 * rms * a[1] * gradient,
-    -0.2 * np.sqrt(a[2]) * delta,
-  ]
-  np.testing.assert_allclose(moves, want, atol=1e-12)
-  assert a == pytest.approx([1, 0.1, 0.01**0.75])
-
-
-def test_shrink_on_success_gives_up_what_it_is_told_to():
-  rule = transforms.shrink_on_success(
-    shrink=0.0,
-    constrain=lambda d, b, f: transforms.clip_peaks(d, b, first=f, floor=0.0),
-  )
-  delta, sample = jnp.array([0.3, -0.4]), helpers.sample([0.0], 0)
-  move, _ = rule.update(
-    delta, rule.init(delta), delta, sample=sample, success=jnp.bool_(True)
-  )
-  np.testing.assert_allclose(
-    delta + move, [0, 0], atol=1e-12
-  )  # all of the peak at first
-  later = helpers.sample([0.0], 0, progress=0.5)
-  halved = transforms.shrink_on_success(
-    shrink=0.0,
-    last=0.0625,
-    constrain=lambda d, b, f: transforms.clip_peaks(d, b, first=f, floor=0.0),
-  )
-  state = halved.init(delta)
-  for point in (sample, later):
-    move, state = halved.update(
-      delta, state, delta, sample=point, success=jnp.bool_(True)
-    )
-  np.testing.assert_allclose(delta + move, [0.2, -0.2], atol=1e-12)
-
-
 def test_every_transform_keeps_shape_and_dtype_and_takes_extra_arguments():
   with jax.enable_x64(False):
     keeps_shape_and_dtype()

@@ -1,7 +1,6 @@
 """Pieces shared by the attacks on masks."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -12,7 +11,6 @@ from jaxadv.types import LossFn, Objective, PrepareFn, Threat, labels, reached
 
 __all__ = [
   "Bounds",
-  "GiveUp",
   "Keep",
   "Scalar",
   "box",
@@ -27,8 +25,6 @@ __all__ = [
 Scalar = float | jax.Array
 Bounds = tuple[Any, Any]
 Keep = Literal["last", "best", "smallest"]
-# (delta, amount, delta at the first success) -> delta; see `shrink_on_success`
-GiveUp = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def mask_objective(
@@ -61,14 +57,16 @@ def unit_step() -> optax.GradientTransformation:
   return optax.chain(transforms.normalize(2), transforms.scale_by_size())
 
 
-def homing(shrink: Scalar, constrain: GiveUp) -> optax.GradientTransformation:
+def homing(
+  shrink: Scalar, constrain: transforms.GiveUp
+) -> optax.GradientTransformation:
   """Unit steps until success, then home; see `transforms.shrink_on_success`."""
   return optax.chain(
     unit_step(), transforms.shrink_on_success(shrink=shrink, constrain=constrain)
   )
 
 
-def clip_peaks(peak: Scalar, floor: Scalar) -> GiveUp:
+def clip_peaks(peak: Scalar, floor: Scalar) -> transforms.GiveUp:
   """Gives up the share `peak * amount` of the largest value, down to a floor."""
   return lambda delta, amount, first: transforms.clip_peaks(
     delta, peak * amount, first=first, floor=floor
