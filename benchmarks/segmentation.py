@@ -1,12 +1,12 @@
-"""The table of docs/segmentation.md, from finished runs of `jaxadv attack`.
+"""The tables of docs/segmentation.md, from finished runs of `jaxadv attack`.
 
     for seed in 0 1; do
       jaxadv attack configs/msa_optic_disc.py --seed $seed --out runs/disc-$seed
     done
     python benchmarks/segmentation.py runs/disc-*
 
-Runs of one table share their config; rows of different seeds are put together. Ratios
-are paired: over the pairs on which both attacks succeed after rounding to 8 bits.
+Runs of one table share their config; rows of different seeds are put together. The
+second table is over the pairs on which both attacks succeed after rounding to 8 bits.
 """
 
 import argparse
@@ -14,31 +14,31 @@ import csv
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from jaxadv import summaries
 
-COLUMNS = ("l2_8bit", "linf_8bit", "low_band_8bit")
-SHOWN = ("l2_8bit", "linf_8bit", "psnr_8bit", "ssim_8bit", "low_band_8bit")
+MEANS = ("l2_8bit", "linf_8bit", "psnr_8bit", "ssim_8bit", "low_band_8bit")
+MEAN_HEADS = "attack", "success", "L2", "Linf", "PSNR", "SSIM", "low band", "gradients"
+PAIRED_HEADS = ("attack", "pairs", "L2 ratio", "Linf ratio", "low band ratio")
+PAIRED_HEADS += ("PSNR dB", "SSIM", "best per pair: L2 ratio", "Linf ratio")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("runs", nargs="+", type=pathlib.Path)
   parser.add_argument("--baseline", default="asma", help="prefix of the swept attack")
-  options = parser.parse_args()
+  options = parser.parse_args(arguments)
   rows = [row for folder in options.runs for row in _rows(folder)]
   names = list(dict.fromkeys(row["attack"] for row in rows))
   sweep = [name for name in names if name.startswith(options.baseline)]
   best = _best(rows, sweep)
   rows += _oracle(rows, sweep)
   print(_about(options.runs))
-  print(f"\nRatios to `{best}`, the best of its sweep, and to the best per pair.\n")
-  heads = ["attack", "success", "L2", "Linf", "PSNR", "SSIM", "low band", "gradients"]
-  heads += ["ratio L2", "ratio Linf", "ratio low", "best per pair: L2", "Linf"]
-  print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-  for name in names:
-    print("| " + " | ".join(_line(rows, name, best)) + " |")
+  print(f"\nPaired with `{best}`, the best of its sweep, and with the best per pair.")
+  _table(MEAN_HEADS, [_means(rows, name) for name in names])
+  _table(PAIRED_HEADS, [_pairs(rows, name, best) for name in names])
 
 
 def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -78,22 +78,32 @@ def _mean(rows, column):
   return sum(row[column] for row in rows) / len(rows) if rows else math.nan
 
 
-def _line(rows, name, best):
+def _means(rows, name):
   mine = [row for row in rows if row["attack"] == name]
   won = _won(rows, name)
-  values = [f"`{name}`", f"{len(won)}/{len(mine)}"]
-  values += [f"{_mean(won, column):.3f}" for column in SHOWN]
-  values += [f"{_mean(mine, 'backwards'):.0f}"]
-  to_best = summaries.ratios(rows, name, best)
-  to_oracle = summaries.ratios(rows, name, "best per pair")
-  values += [_interval(to_best[column]) for column in COLUMNS]
-  return values + [_interval(to_oracle[column]) for column in COLUMNS[:2]]
+  values = [f"{_mean(won, column):.3f}" for column in MEANS]
+  gradients = f"{_mean(mine, 'backwards'):.0f}"
+  return [f"`{name}`", f"{len(won)}/{len(mine)}", *values, gradients]
 
 
-def _interval(ratio):
-  if ratio["mean"] is None:
+def _pairs(rows, name, best):
+  ratios = summaries.ratios(rows, name, best)
+  others = summaries.differences(rows, name, best)
+  oracle = summaries.ratios(rows, name, "best per pair")
+  intervals = [*ratios.values(), *others.values(), *list(oracle.values())[:2]]
+  return [f"`{name}`", str(ratios["l2_8bit"]["n"]), *map(_interval, intervals)]
+
+
+def _interval(estimate):
+  if estimate["mean"] is None:
     return "-"
-  return f"{ratio['mean']:.3f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+  return f"{estimate['mean']:.3f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+
+
+def _table(heads, lines):
+  print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+  for line in lines:
+    print("| " + " | ".join(line) + " |")
 
 
 def _about(folders):

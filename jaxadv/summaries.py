@@ -1,7 +1,8 @@
-"""From rows to results: means with bootstrap intervals, paired ratios, versions."""
+"""From rows to results: means with intervals, paired comparisons, versions."""
 
 import importlib.metadata
 import math
+import operator
 import pathlib
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,21 @@ import numpy as np
 
 import jaxadv
 
-__all__ = ["LABELS", "commit", "interval", "ratios", "summarize", "versions"]
+__all__ = [
+  "LABELS",
+  "commit",
+  "differences",
+  "interval",
+  "ratios",
+  "summarize",
+  "versions",
+]
 
 # Columns that describe a row and are not averaged.
 LABELS = ("attack", "pair", "source", "target")
 _SUCCESS = "success_8bit"
 _RATIOS = ("l2_8bit", "linf_8bit", "low_band_8bit")
+_DIFFERENCES = ("psnr_8bit", "ssim_8bit")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 Row = Mapping[str, Any]
@@ -53,14 +63,15 @@ def interval(
 
 
 def summarize(rows: Sequence[Row], *, baseline: str | None = None) -> dict[str, Any]:
-  """Means per attack, over all pairs and over the successes, and the paired ratios.
+  """Means per attack, over all pairs and over the successes, and against a baseline.
 
   Args:
     rows: numbers, with `attack`, `pair` and `success_8bit` among the columns.
-    baseline: the attack the ratios refer to.
+    baseline: the attack that `ratios` and `differences` refer to.
 
   Returns:
-    `{attack: {"all": {column: interval}, "successes": ..., "ratios": ...}}`.
+    `{attack: {"all": {column: interval}, "successes": ..., "ratios": ...,
+    "differences": ...}}`, the last two with a baseline only.
   """
   summary = {}
   for attack in dict.fromkeys(row["attack"] for row in rows):
@@ -69,6 +80,7 @@ def summarize(rows: Sequence[Row], *, baseline: str | None = None) -> dict[str, 
     summary[attack] = {"all": _means(mine), "successes": _means(won)}
     if baseline is not None:
       summary[attack]["ratios"] = ratios(rows, attack, baseline)
+      summary[attack]["differences"] = differences(rows, attack, baseline)
   return summary
 
 
@@ -82,14 +94,27 @@ def ratios(rows: Sequence[Row], attack: str, baseline: str) -> dict[str, Any]:
     >>> ratios(rows, "new", "base")["l2_8bit"]
     {'mean': 0.5, 'low': 0.5, 'high': 0.5, 'n': 1}
   """
-  won = {(row["attack"], row["pair"]): row for row in rows if row[_SUCCESS]}
-  pairs = [p for a, p in won if a == attack and (baseline, p) in won]
 
-  def ratio(name, pair):
-    below = won[baseline, pair][name]
-    return won[attack, pair][name] / below if below else math.nan
+  def ratio(mine, base):
+    return mine / base if base else math.nan
 
-  return {name: interval([ratio(name, p) for p in pairs]) for name in _RATIOS}
+  return _paired(rows, attack, baseline, _RATIOS, ratio)
+
+
+def differences(rows: Sequence[Row], attack: str, baseline: str) -> dict[str, Any]:
+  """Mean difference to the baseline on the same pairs, in PSNR (dB) and SSIM.
+
+  Means over each attack's own successes do not compare where one of them succeeds on
+  the easy pairs only; these do.
+
+  Example:
+    >>> rows = [
+    ...   {"attack": a, "pair": 0, "success_8bit": 1, "psnr_8bit": psnr,
+    ...    "ssim_8bit": 0.5} for a, psnr in (("base", 30.0), ("new", 31.0))]
+    >>> differences(rows, "new", "base")["psnr_8bit"]
+    {'mean': 1.0, 'low': 1.0, 'high': 1.0, 'n': 1}
+  """
+  return _paired(rows, attack, baseline, _DIFFERENCES, operator.sub)
 
 
 def versions() -> dict[str, str]:
@@ -106,6 +131,15 @@ def commit(folder: pathlib.Path) -> str | None:
   except FileNotFoundError:  # no git on this machine
     return None
   return done.stdout.strip() or None
+
+
+def _paired(rows, attack, baseline, names, compare):
+  won = {(row["attack"], row["pair"]): row for row in rows if row[_SUCCESS]}
+  pairs = [p for a, p in won if a == attack and (baseline, p) in won]
+  both = [(won[attack, p], won[baseline, p]) for p in pairs]
+  return {
+    n: interval([compare(mine[n], base[n]) for mine, base in both]) for n in names
+  }
 
 
 def _means(rows):

@@ -1,7 +1,10 @@
 """Small models and assertions shared by the tests of the core."""
 
+import importlib.util
 import inspect
+import pathlib
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ __all__ = [
   "Counter",
   "assert_trees_close",
   "assert_trees_equal",
+  "benchmark",
   "convnet",
   "linear",
   "per_pixel",
@@ -22,6 +26,15 @@ __all__ = [
   "stripes",
   "x64",
 ]
+
+
+def benchmark(name: str) -> ModuleType:
+  """A script of `benchmarks/`, which is no package, as a module."""
+  path = pathlib.Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 def x64():

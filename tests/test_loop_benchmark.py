@@ -5,23 +5,17 @@ gradient whose kernel is labelled `oi` (output before input channels) and which 
 CPU therefore runs off its fast path. The plain Flax twin shows that the test can tell.
 """
 
-import importlib.util
-import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-
-FILE = pathlib.Path(__file__).parents[1] / "benchmarks" / "loop.py"
+from helpers import benchmark
 
 
 @pytest.fixture(scope="module")
 def loop():
-  spec = importlib.util.spec_from_file_location("loop", FILE)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return benchmark("loop")
 
 
 def _slow_convolutions(model):
