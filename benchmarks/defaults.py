@@ -51,7 +51,8 @@ def grid(gradients, threshold):
   """Two ASMAs of the sweep, and every variant of MSA and MAFL."""
   shared = {"threshold": threshold}
   swept = studies.minimum_distortion(gradients, scales=(1e-3, 3e-3), **shared)
-  msa = functools.partial(attacks.msa, num_steps=gradients - 10, **shared)
+  msa_steps = gradients - studies.UNET_SCALES
+  msa = functools.partial(attacks.msa, num_steps=msa_steps, **shared)
   mafl = functools.partial(attacks.mafl, num_steps=gradients, **shared)
   return (
     {name: attack for name, attack in swept.items() if name.startswith("asma")}

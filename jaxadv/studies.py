@@ -5,7 +5,10 @@ import functools
 from jaxadv import attacks, line_search, threats, types
 from jaxadv.types import AttackFn
 
-__all__ = ["minimum_distortion"]
+__all__ = ["UNET_SCALES", "minimum_distortion"]
+
+# The mask and nine features of our U-Net: MSA weighs each by one gradient.
+UNET_SCALES = 10
 
 
 def minimum_distortion(
@@ -41,9 +44,8 @@ def minimum_distortion(
   asma = functools.partial(
     attacks.asma_calibrated, num_steps=gradients, bits=8, threshold=threshold
   )
-  scales_of_unet = 10  # the mask and nine features, each weighed by one gradient
   baselines = {f"asma {scale:g}": searched(asma(scale=scale)) for scale in scales}
   return baselines | {
-    "msa": attacks.msa(num_steps=gradients - scales_of_unet, threshold=threshold),
+    "msa": attacks.msa(num_steps=gradients - UNET_SCALES, threshold=threshold),
     "mafl": attacks.mafl(num_steps=gradients, threshold=threshold),
   }
