@@ -191,6 +191,7 @@ def shrink_on_success(
   *,
   first: float | jax.Array = 1e-3,
   growth: float | jax.Array = 1.02,
+  longest: float | jax.Array = 1e-2,
   reach: float | jax.Array = 0.1,
   last: float | jax.Array = 0.02,
   shrink: float | jax.Array = 0.1,
@@ -198,8 +199,8 @@ def shrink_on_success(
 ) -> optax.GradientTransformationExtraArgs:
   """Walks down the gradient until the attack succeeds, then walks home.
 
-  Before the first success steps are small and grow: `d <- d - first * growth^t * g`.
-  From then on, with `f` the perturbation at that moment and `r` its RMS, `a` falling
+  Before the first success steps are small and grow: `d <- d - min(first * growth^t,
+  longest) * g`. From then on, with `f` the perturbation at that moment and `r` its RMS, `a` falling
   geometrically from 1 to `last` at the end and `b = sqrt(a)`:
 
       failure:  d <- d - reach * r * a * g
@@ -213,6 +214,8 @@ def shrink_on_success(
   Args:
     first: first step, RMS per value; small, because the path decides where it ends.
     growth: of the steps before the first success, >= 1.
+    longest: step before the first success, RMS per value; beyond it hard examples
+      would be jumped over, not approached.
     reach: step after a failure as a share of `r`.
     last: what is left of `a` at the end, in (0, 1].
     shrink: share of the perturbation given up by the first success, in [0, 1).
@@ -236,7 +239,7 @@ def shrink_on_success(
     home = (1 - shrink * giving) * params
     home = home if constrain is None else constrain(home, giving, state.first)
     updates = jnp.where(success, home - params, -step * g)
-    return updates, state._replace(step=state.step * growth)
+    return updates, state._replace(step=jnp.minimum(state.step * growth, longest))
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -40,7 +40,7 @@ def run(transform, delta, gradients, successes, num_steps):
 def test_steps_grow_until_the_first_success_and_follow_its_size_after():
   with helpers.x64():
     rule = transforms.shrink_on_success(
-      first=0.1, growth=2.0, reach=0.5, last=1 / 64, shrink=0.2
+      first=0.1, growth=2.0, longest=1.0, reach=0.5, last=1 / 64, shrink=0.2
     )
     successes = [False, False, True, False, True]
     path, _ = run(rule, jnp.zeros(4), [-jnp.ones(4)] * 5, successes, 8)
@@ -49,6 +49,14 @@ def test_steps_grow_until_the_first_success_and_follow_its_size_after():
   # shrinks by 0.2 * sqrt(a)
   wanted = [0.0, 0.1, 0.3, 0.24, 0.315, 0.9 * 0.315]
   np.testing.assert_allclose(path[:, 0], wanted, atol=1e-12)
+
+
+def test_steps_do_not_grow_beyond_the_longest():
+  """Without it the last steps towards a hard target would jump over it."""
+  with helpers.x64():
+    rule = transforms.shrink_on_success(first=0.1, growth=2.0, longest=0.3)
+    path, _ = run(rule, jnp.zeros(4), [-jnp.ones(4)] * 5, [False] * 5, 8)
+  np.testing.assert_allclose(np.diff(path[:, 0]), [0.1, 0.2, 0.3, 0.3, 0.3], atol=1e-12)
 
 
 def test_what_is_given_up_fades_with_the_steps_and_refers_to_the_first_success():
