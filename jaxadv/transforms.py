@@ -200,8 +200,8 @@ def shrink_on_success(
   """Walks down the gradient until the attack succeeds, then walks home.
 
   Before the first success steps are small and grow: `d <- d - min(first * growth^t,
-  longest) * g`. From then on, with `f` the perturbation at that moment and `r` its RMS, `a` falling
-  geometrically from 1 to `last` at the end and `b = sqrt(a)`:
+  longest) * g`. From then on, with `f` the perturbation at that moment and `r` its
+  RMS, `a` falling geometrically from 1 to `last` at the end and `b = sqrt(a)`:
 
       failure:  d <- d - reach * r * a * g
       success:  d <- constrain((1 - shrink * b) * d, b, f)
