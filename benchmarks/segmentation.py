@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
+  if not (folder / "rows.csv").exists():
+    raise SystemExit(f"{folder} holds no rows.csv; run jaxadv attack --out {folder}")
   with (folder / "rows.csv").open(newline="") as stream:
     rows = list(csv.DictReader(stream))
   text = ("attack", "pair")
