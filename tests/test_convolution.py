@@ -1,6 +1,7 @@
 import functools
 
 import flax.linen as nn
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 from jax import lax
 
 from jaxadv.models import convolution
-from tests import helpers
 
 LAYOUTS = {
   1: ("NWC", "WIO", "NWC"),
@@ -76,6 +76,26 @@ def test_gradients_are_those_of_autodiff_in_float32(side, window, stride):
   want = _results(lax.conv_general_dilated, image, kernel, stride, "SAME")
   got = _results(convolution.conv_general_dilated, image, kernel, stride, "SAME")
   helpers.assert_trees_close(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_depthwise_gradients_are_those_of_autodiff_in_float64(padding):
+  padding = PADDINGS[padding](2)
+  cases = [case for case in CASES if padding != "VALID" or case[0] >= case[1]]
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def all_results(conv, arrays):
+    grouped = functools.partial(conv, feature_group_count=3)
+    return [
+      _results(grouped, image, kernel[..., None, :, 0], stride, padding)
+      for (image, kernel), (_, _, stride) in zip(arrays, cases, strict=True)
+    ]
+
+  with helpers.x64():
+    arrays = [_arrays(2, *case[:2]) for case in cases]
+    got = all_results(convolution.conv_general_dilated, arrays)
+    want = all_results(lax.conv_general_dilated, arrays)
+  helpers.assert_trees_close(got, want, atol=1e-12)
 
 
 def test_second_derivatives():
@@ -164,6 +184,43 @@ def test_max_pool_equals_reduce_window_bit_for_bit(shape):
   want, pull = jax.vjp(lambda x: nn.max_pool(x, window, window), image)
   cotangent = jnp.asarray(np.random.default_rng(1).normal(size=want.shape), jnp.float32)
   helpers.assert_trees_equal((ours, *our_pull(cotangent)), (want, *pull(cotangent)))
+
+
+@pytest.mark.parametrize(
+  ("side", "window", "stride", "padding"),
+  [
+    (9, 3, 2, "VALID"),
+    (8, 3, 2, "SAME"),
+    (7, 3, 2, [(1, 1)] * 2),
+    (6, 3, 1, "SAME"),
+    (7, 2, 3, "VALID"),
+    (1, 3, 2, [(1, 1)] * 2),
+  ],
+)
+def test_pools_with_overlap_and_padding(side, window, stride, padding):
+  shape = (2, side, side + 1, 3)
+  image = jnp.asarray(np.random.default_rng(0).integers(-3, 0, shape), jnp.float32)
+  own = {"strides": stride, "padding": padding}
+  flax = (window,) * 2, (stride,) * 2, padding
+  pairs = [
+    (lambda x: convolution.max_pool(x, window, **own), lambda x: nn.max_pool(x, *flax)),
+    (
+      lambda x: convolution.avg_pool(x, window, **own),
+      lambda x: nn.avg_pool(x, *flax, count_include_pad=False),
+    ),
+    (
+      lambda x: convolution.avg_pool(x, window, count_padding=True, **own),
+      lambda x: nn.avg_pool(x, *flax),
+    ),
+  ]
+  for ours, theirs in pairs:
+    got, our_pull = jax.vjp(ours, image)
+    want, pull = jax.vjp(theirs, image)
+    cotangent = np.random.default_rng(1).normal(size=want.shape).astype(np.float32)
+    atol = 0 if ours is pairs[0][0] else 1e-6  # a maximum is bit-equal
+    helpers.assert_trees_close(
+      (got, *our_pull(cotangent)), (want, *pull(cotangent)), atol=atol
+    )
 
 
 def test_max_pool_of_negative_and_nan_values():

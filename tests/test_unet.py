@@ -1,10 +1,10 @@
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxadv.models import UNet, asma_unet, layers
-from tests import helpers
 
 
 def _init(model, shape):

@@ -1,21 +1,43 @@
-"""Flax layers shared by the models: convolution, norm, upsampling, crop.
+"""Flax layers shared by the models: convolution, norm, head, upsampling, crop.
 
 Built on `jaxadv.models.convolution`, so that gradients cost the same inside a compiled
 loop as outside. Arrays are `(B, ..., C)` with two or three spatial axes.
 """
 
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxadv.models import convolution
 
-__all__ = ["ConvBlock", "Norm", "NormName", "PaddingName", "Upsample", "center_crop"]
+__all__ = [
+  "ConvBlock",
+  "ConvNorm",
+  "Norm",
+  "NormName",
+  "PaddingName",
+  "Style",
+  "Upsample",
+  "VariantName",
+  "center_crop",
+  "check_image",
+  "convolve",
+  "head",
+  "is_keras",
+  "scaled",
+]
 
 NormName = Literal["group", "batch", "none"]
 PaddingName = Literal["SAME", "VALID"]
+# whose details a classifier has, where Keras and torchvision differ
+VariantName = Literal["keras", "torch"]
+# int or one per axis; a name, or an int on both sides of both axes
+Window = int | tuple[int, int]
+Padding = int | PaddingName
 
 
 class Norm(nn.Module):
@@ -26,10 +48,12 @@ class Norm(nn.Module):
       every example on its own), `"batch"` (running statistics unless `train`) or
       `"none"`.
     dtype: compute dtype, `None` for the dtype of the input.
+    epsilon: what batch norm adds to the variance.
   """
 
   kind: NormName = "group"
   dtype: Any = None
+  epsilon: float = 1e-5
 
   @nn.compact
   def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
@@ -40,9 +64,160 @@ class Norm(nn.Module):
       groups = math.gcd(image.shape[-1], 8)
       return nn.GroupNorm(groups, dtype=self.dtype)(image)
     if self.kind == "batch":
-      norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)
-      return norm(image)
+      return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=self.epsilon,
+        dtype=self.dtype,
+      )(image)
     return image
+
+
+def convolve(
+  features: int,
+  window: Window,
+  *,
+  strides: int = 1,
+  padding: Padding = "SAME",
+  depthwise: bool = False,
+  bias: bool = False,
+  dtype: Any = None,
+  name: str | None = None,
+) -> nn.Conv:
+  """`nn.Conv` in 2-D, with our gradients and He initialisation.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> image = jnp.zeros((1, 9, 9, 3))
+    >>> conv = convolve(4, 7, strides=2, padding=3)
+    >>> conv.init_with_output(jax.random.key(0), image)[0].shape
+    (1, 5, 5, 4)
+  """
+  return nn.Conv(
+    features,
+    (window, window) if isinstance(window, int) else window,
+    strides=strides,
+    padding=padding,
+    feature_group_count=features if depthwise else 1,
+    use_bias=bias,
+    kernel_init=nn.initializers.he_normal(),
+    dtype=dtype,
+    conv_general_dilated=convolution.conv_general_dilated,
+    name=name,
+  )
+
+
+class Style(NamedTuple):
+  """What all convolutions of a classifier have in common.
+
+  Attributes:
+    norm: see `Norm`; with `"none"` every convolution has a bias.
+    epsilon: see `Norm`.
+    bias: whether a convolution has a bias although a norm follows it.
+    dtype: compute dtype, `None` for the dtype of the input.
+  """
+
+  norm: NormName = "batch"
+  epsilon: float = 1e-5
+  bias: bool = False
+  dtype: Any = None
+
+
+class ConvNorm(nn.Module):
+  """Convolution `conv`, norm `norm`, activation.
+
+  Attributes:
+    features: output channels.
+    window: side of the kernel, or one per axis.
+    style: norm, bias and dtype.
+    strides: one for both axes.
+    padding: `"SAME"`, `"VALID"`, or pixels on every side.
+    depthwise: every channel by itself; `features` are then the input channels.
+    activation: applied last; `None` for none.
+  """
+
+  features: int
+  window: Window
+  style: Style = Style()
+  strides: int = 1
+  padding: Padding = "SAME"
+  depthwise: bool = False
+  activation: Callable[[jax.Array], jax.Array] | None = nn.relu
+
+  @nn.compact
+  def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+    """`(B, H, W, C)` to `(B, H', W', features)`."""
+    style = self.style
+    image = convolve(
+      self.features,
+      self.window,
+      strides=self.strides,
+      padding=self.padding,
+      depthwise=self.depthwise,
+      bias=style.bias or style.norm == "none",
+      dtype=style.dtype,
+      name="conv",
+    )(image)
+    image = Norm(style.norm, style.dtype, style.epsilon, name="norm")(image, train)
+    return self.activation(image) if self.activation else image
+
+
+def head(pooled: jax.Array, num_classes: int) -> jax.Array:
+  """Dense layer `head`, in float32 at least; only inside a compact `__call__`."""
+  dtype = jnp.promote_types(pooled.dtype, jnp.float32)
+  return nn.Dense(num_classes, dtype=dtype, name="head")(pooled)
+
+
+def scaled(channels: int, width: float) -> int:
+  """`channels * width`, rounded to a multiple of 8, of which one is kept at least.
+
+  Example:
+    >>> scaled(64, 0.25), scaled(80, 0.25), scaled(16, 0.1), scaled(1088, 1.0)
+    (16, 24, 8, 1088)
+  """
+  return max(8, 8 * math.floor(channels * width / 8 + 0.5))
+
+
+def check_image(image: jax.Array, smallest: int) -> None:
+  """Refuses what a classifier whose smallest side is `smallest` cannot take.
+
+  Raises:
+    ValueError: for a rank other than 4, other than 1 or 3 channels, shorter sides.
+
+  Example:
+    >>> check_image(jax.numpy.zeros((1, 20, 64, 3)), 32)
+    Traceback (most recent call last):
+    ...
+    ValueError: the sides (20, 64) are too small; this network needs 32 at least. ...
+  """
+  if image.ndim != 4:
+    raise ValueError(
+      f"the image batch has shape {image.shape}; a classifier needs (B, H, W, C). "
+      "Write x[None] for a single image."
+    )
+  if image.shape[-1] not in (1, 3):
+    raise ValueError(
+      f"the image batch has shape {image.shape}; there must be 1 or 3 channels, last. "
+      "Write x.transpose(0, 2, 3, 1) if the channels come first."
+    )
+  sides = image.shape[1:-1]
+  if min(sides) < smallest:
+    raise ValueError(
+      f"the sides {sides} are too small; this network needs {smallest} at least. "
+      "Pad or resize the images."
+    )
+
+
+def is_keras(variant: VariantName) -> bool:
+  """Whether a classifier follows Keras; `ValueError` for a third name.
+
+  Example:
+    >>> is_keras("keras"), is_keras("torch")
+    (True, False)
+  """
+  if variant not in get_args(VariantName):
+    raise ValueError(f"`variant` is {variant!r}; write one of {get_args(VariantName)}.")
+  return variant == "keras"
 
 
 class ConvBlock(nn.Module):
