@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import attacks, job, masks, metrics, victims
+from jaxadv import attacks, job, masks, metrics, victim_job, victims
 
 
 def main() -> None:
@@ -28,9 +28,7 @@ def main() -> None:
   parser.add_argument("--seed", type=int, default=0, help="of the run")
   options = parser.parse_args()
   run = job.prepare(options.config, out=options.out, overrides={"seed": options.seed})
-  variables = victims.train(
-    run.experiment, run.train_set, run.folder / "victim" / "checkpoints"
-  )
+  variables = victim_job.train(run.task).variables
   predict = functools.partial(victims.predictor(run.experiment.model), variables)
   x = jnp.asarray(victims.as_float(run.test_set.images[: options.images]))
   if options.side:

@@ -6,9 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxadv import types
-from jaxadv.types import Array, AttackFn, AttackResult, Images, Predict, Sample
+from jaxadv.types import (
+  Array,
+  AttackFn,
+  AttackResult,
+  Images,
+  Predict,
+  Sample,
+  Threat,
+  example_keys,
+)
 
-__all__ = ["best_of", "identity", "with_restarts"]
+__all__ = ["best_of", "fixed", "identity", "one_of", "with_restarts"]
 
 
 def identity(key: Array, predict: Predict, x: Images, y: Any) -> AttackResult:
@@ -41,6 +50,71 @@ def identity(key: Array, predict: Predict, x: Images, y: Any) -> AttackResult:
     backwards=count,
   )
   return jax.lax.stop_gradient(result)
+
+
+def fixed(threat: Threat, delta: Any) -> AttackFn:
+  """The view through ONE perturbation: a universal one, or a random control.
+
+  Args:
+    threat: how it is applied; `threats.stored(threat)` rounds the image to 8 bits.
+    delta: without a batch axis, such as `state.delta` of a universal attack.
+
+  Returns:
+    An attack without steps; success is that of `identity`.
+
+  Example:
+    >>> from jaxadv import threats
+    >>> shift = fixed(threats.linf(0.6), jnp.array([0.6, 0.0]))
+    >>> x, y = jnp.array([[0.25, 0.75]]), jnp.array([1])
+    >>> result = shift(jax.random.key(0), lambda x: x, x, y)
+    >>> print(result.image, result.success)
+    [[0.85 0.75]] [ True]
+  """
+
+  def attack(key, predict, x, y):
+    image = jax.vmap(threat.apply, (0, None))(x, delta)
+    return identity(key, predict, image, y)._replace(delta=image - x)
+
+  return attack
+
+
+def one_of(threat: Threat, pool: Any, *, share: float = 0.5) -> AttackFn:
+  """The view through one of several perturbations, drawn for each example.
+
+  Args:
+    threat: how it is applied.
+    pool: `(M, ..., C)`, M perturbations.
+    share: probability that an example gets one; it stays clean otherwise.
+
+  Returns:
+    An attack without steps; success is that of `identity`.
+
+  Raises:
+    ValueError: for a share outside [0, 1].
+
+  Example:
+    >>> from jaxadv import threats
+    >>> pool = jnp.array([[0.1, 0.0], [0.0, 0.1]])
+    >>> view = one_of(threats.box(), pool, share=1.0)
+    >>> key, x = jax.random.key(0), jnp.full((100, 2), 0.5)
+    >>> moved = view(key, lambda x: x, x, jnp.zeros(100, int)).image - x
+    >>> bool(jnp.allclose(moved.sum(1), 0.1)), bool((moved > 0.05).any(0).all())
+    (True, True)
+  """
+  if not 0 <= share <= 1:
+    raise ValueError(f"`share` is {share}; write a probability in [0, 1].")
+
+  def draw(key, image):
+    which_key, whether_key = jax.random.split(key)
+    delta = pool[jax.random.randint(which_key, (), 0, len(pool))]
+    chosen = jax.random.bernoulli(whether_key, share)
+    return jnp.where(chosen, threat.apply(image, delta), image)
+
+  def attack(key, predict, x, y):
+    image = jax.vmap(draw)(example_keys(key, len(x)), x)
+    return identity(key, predict, image, y)._replace(delta=image - x)
+
+  return attack
 
 
 def best_of(*attacks: AttackFn) -> AttackFn:

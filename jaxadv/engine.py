@@ -12,14 +12,14 @@ arguments `value` (cost), `sample`, `project` and `success`; optax passes over t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import inputs
+from jaxadv import inputs, stepping
 from jaxadv.types import (
   Array,
   AttackResult,
@@ -27,7 +27,6 @@ from jaxadv.types import (
   Objective,
   Perturbation,
   Predict,
-  Sample,
   SuccessFn,
   Target,
   Threat,
@@ -35,7 +34,7 @@ from jaxadv.types import (
   example_keys,
 )
 
-__all__ = ["Attack", "gradient_attack"]
+__all__ = ["Attack", "Universal", "gradient_attack", "universal_attack"]
 
 
 class Attack(NamedTuple):
@@ -95,6 +94,23 @@ class Attack(NamedTuple):
     return self.finish(predict, x, target, state, jnp.stack(losses))
 
 
+class Universal(NamedTuple):
+  """A universal perturbation in the making: one state, any number of batches.
+
+  Attributes:
+    init: `(key, image) -> Perturbation` without a batch axis; of `image`, one example,
+      only shape and dtype matter.
+    step: `(predict, state, batch) -> (state, metrics)`, to be jitted by the caller.
+      `batch` holds `image (B, ..., C)`, what the objective's `prepare` reads (usually
+      `label`), and optionally `weight (B,)`, 0 for padding, and `id (B,)`.
+  """
+
+  init: Callable[[Array, Array], Perturbation]
+  step: Callable[
+    [Predict, Perturbation, Mapping[str, Any]], tuple[Perturbation, dict[str, Array]]
+  ]
+
+
 def gradient_attack(
   objective: Objective,
   threat: Threat,
@@ -142,46 +158,133 @@ def gradient_attack(
   if keep not in ("last", "best", "smallest"):
     raise ValueError(f'`keep` is {keep!r}; write "last", "best" or "smallest".')
   transform = optax.with_extra_args_support(transform)
+  remember = functools.partial(stepping.remember, keep)
   evaluate = functools.partial(_evaluate, objective, threat, num_steps)
-  keeping = functools.partial(_keep, keep)
+  advance = functools.partial(_advance, objective, threat, transform)
 
   def init(key, predict, x, y):
     inputs.check_batch(x, y, threat.bounds)
     target = jax.lax.stop_gradient(objective.prepare(predict, x, y))
     _check_target(predict, x, target)
-    start = functools.partial(_start, threat, transform, random_start)
+    start = functools.partial(
+      stepping.start, threat, transform, random_start=random_start
+    )
     return jax.vmap(start)(example_keys(key, x.shape[0]), x), target
 
   def step(predict, x, target, state):
-    loss, gradient, sample = _gradient(evaluate, predict, x, target, state)
-    state = jax.vmap(keeping)(state, *_judge(objective, sample, loss))
+    loss_at = functools.partial(evaluate, predict, x, target, state)
+    loss, gradient, sample = stepping.pull_back(loss_at, state.delta)
+    state = jax.vmap(remember)(state, stepping.judge(objective, sample, loss))
     done = jnp.zeros_like(state.done) if stop is None else jax.vmap(stop)(sample)
-    advance = functools.partial(_advance, threat, transform, objective.success)
     return jax.vmap(advance)(state, gradient, loss, sample, done), loss
 
   def finish(predict, x, target, state, losses):
     loss, sample = evaluate(predict, x, target, state, state.delta)
-    state = jax.vmap(keeping)(state, *_judge(objective, sample, loss))
+    state = jax.vmap(remember)(state, stepping.judge(objective, sample, loss))
     delta = state.delta if keep == "last" else state.best_delta
     if keep != "last":
       loss, sample = evaluate(predict, x, target, state, delta)
-    score, _, _, success = _judge(objective, sample, loss)
+    verdict = stepping.judge(objective, sample, loss)
     forwards, backwards = _passes(evaluate, predict, x, target, state)
     result = AttackResult(
       image=sample.image,
       delta=delta,
-      score=score,
+      score=verdict.score,
       logits=sample.logits,
       losses=losses,
-      success=success,
+      success=verdict.success,
       steps=state.step,
-      nonfinite=state.nonfinite + _is_nonfinite(loss),
+      nonfinite=state.nonfinite + stepping.is_nonfinite(loss),
       forwards=forwards * state.step,
       backwards=backwards * state.step,
     )
     return jax.lax.stop_gradient(result)
 
   return Attack(init, step, finish, num_steps, stop is not None)
+
+
+def universal_attack(
+  objective: Objective,
+  threat: Threat,
+  transform: optax.GradientTransformation,
+  *,
+  random_start: bool = False,
+  example: optax.GradientTransformation | None = None,
+  axis_name: str | None = None,
+) -> Universal:
+  """Raises an objective on average over images by ONE perturbation.
+
+      g = sum_i weight_i g_i / sum_i weight_i,   delta <- project(delta + transform(-g))
+
+  The sums run over the whole batch, wherever its parts lie: on arrays sharded over
+  devices the compiler adds them up, under `pmap` or `shard_map` give `axis_name`. The
+  division comes before any sign, so equal shares of the devices do not matter.
+
+  Args:
+    objective: what to raise, as for `gradient_attack`.
+    threat: what is allowed; its projection is called without an image.
+    transform: optax transform of the mean cost gradient.
+    random_start: start at `threat.init` instead of zero.
+    example: stateless transform of each example's gradient before the mean, for
+      instance `transforms.normalize(2)`, so that no example outweighs the others.
+    axis_name: of the mapped axis of devices.
+
+  Returns:
+    A `Universal`. Its metrics are `loss` and `success`, weighted means over the batch
+    before the step, and `nonfinite`, the number of examples left out because their loss
+    or gradient was not finite.
+
+  Example:
+    >>> from jaxadv import losses, threats
+    >>> sign = optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(0.1))
+    >>> uap = universal_attack(Objective(losses.cross_entropy), threats.linf(0.2), sign)
+    >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
+    >>> batch = {"image": jnp.full((4, 2), 0.5), "label": jnp.zeros(4, int)}
+    >>> state = uap.init(jax.random.key(0), batch["image"][0])
+    >>> for _ in range(3):
+    ...   state, metrics = uap.step(lambda x: x @ weights, state, batch)
+    >>> print(state.delta, metrics["success"])
+    [-0.2 -0.2] 0.0
+  """
+  transform = optax.with_extra_args_support(transform)
+
+  def init(key, image):
+    inputs.check_image(image)
+    example_keys(key, 1)  # refuses what is not a typed threefry key
+    # No image bounds it: what is cut off at one may be needed at the next.
+    free = threat._replace(project=lambda delta, _: threat.project(delta, None))
+    return stepping.start(free, transform, key, image, random_start=random_start)
+
+  def step(predict, state, batch):
+    x, y, weight, ids = _parts(batch, threat, axis_name)
+    target = jax.lax.stop_gradient(objective.prepare(predict, x, y))
+    step_key = jax.random.fold_in(state.key, state.step)
+    loss_at = functools.partial(
+      stepping.evaluate,
+      objective,
+      threat,
+      predict,
+      x,
+      target=target,
+      keys=jax.vmap(jax.random.fold_in, (None, 0))(step_key, ids),
+      progress=jnp.zeros(len(x)),
+    )
+    everywhere = jax.tree.map(
+      lambda d: jnp.broadcast_to(d, (len(x), *d.shape)), state.delta
+    )
+    loss, gradient, sample = stepping.pull_back(
+      lambda delta: loss_at(delta=delta), everywhere
+    )
+    terms = {"loss": loss, "success": jax.vmap(objective.success)(sample)}
+    terms["gradient"] = _each(example, gradient)
+    means, nonfinite = _weighted_means(terms, weight, axis_name)
+    gradient = means.pop("gradient")
+    state = stepping.advance(threat, transform, state, gradient, loss=means["loss"])
+    state = state._replace(best_delta=state.delta)
+    state = state._replace(nonfinite=state.nonfinite + nonfinite)
+    return state, means | {"nonfinite": nonfinite}
+
+  return Universal(init, step)
 
 
 def _scan(step, state, num_steps):
@@ -207,100 +310,63 @@ def _while_any_runs(step, state, num_steps):
   return state, history[rows]
 
 
-def _start(threat, transform, random_start, key, image):
-  init_key, key = jax.random.split(key)
-  delta = threat.init(init_key, image)
-  if not random_start:
-    delta = jax.tree.map(jnp.zeros_like, delta)
-  delta = threat.project(delta, image)
-  return Perturbation(
-    step=jnp.int32(0),
-    key=key,
-    delta=delta,
-    opt=transform.init(delta),
-    best_delta=delta,
-    best_score=_as_float(-jnp.inf),
-    best_success=jnp.bool_(False),
-    done=jnp.bool_(False),
-    nonfinite=jnp.int32(0),
-  )
-
-
 def _evaluate(objective, threat, num_steps, predict, x, target, state, delta):
-  """Losses `(B,)` or `(B, S)` at `delta`, and the samples they were read from."""
-  keys = jax.vmap(jax.random.fold_in)(state.key, state.step)
-  image = jax.vmap(threat.apply)(x, delta)
-  logits, features = objective.forward(predict, keys, image, x)
-  inputs.check_shapes(target, logits)
-  progress = state.step / num_steps
-  sample = Sample(x, image, delta, logits, features, target, progress)
-  return _as_float(jax.vmap(objective.loss)(sample)), sample
-
-
-def _gradient(evaluate, predict, x, target, state):
-  """One forward pass; one pull-back per loss, cost convention (minus the loss)."""
-  objective_at = functools.partial(evaluate, predict, x, target, state)
-  loss, pull_back, sample = jax.vjp(objective_at, state.delta, has_aux=True)
-  if loss.ndim == 1:
-    (gradient,) = pull_back(-jnp.ones_like(loss))
-    return loss, gradient, sample
-  one_hot = -jnp.eye(loss.shape[1], dtype=loss.dtype)
-  pulled = [pull_back(jnp.broadcast_to(row, loss.shape))[0] for row in one_hot]
-  return loss, jax.tree.map(lambda *g: jnp.stack(g, 1), *pulled), sample
-
-
-def _judge(objective, sample, loss):
-  """Score, squared distance, perturbation and success of each example."""
-  score = loss if objective.score is None else jax.vmap(objective.score)(sample)
-  score = _as_float(score).reshape(loss.shape[0], -1).sum(1)
-  moved = _as_float(sample.image - sample.clean)
-  distance = jnp.square(moved).reshape(loss.shape[0], -1).sum(1)
-  return score, distance, sample.delta, jax.vmap(objective.success)(sample)
-
-
-def _keep(keep, state, score, distance, delta, success):
-  """Remembers the best perturbation of ONE example; successes come before the rest."""
-  if keep == "last":
-    return state
-  success = success & (keep == "smallest")
-  value = jnp.where(success, -distance, score)
-  higher = (success == state.best_success) & (value > state.best_score)
-  better = ((success & ~state.best_success) | higher) & ~state.done
-  return state._replace(
-    best_delta=_select(better, delta, state.best_delta),
-    best_score=jnp.where(better, value, state.best_score),
-    best_success=state.best_success | success,
+  return stepping.evaluate(
+    objective,
+    threat,
+    predict,
+    x,
+    target=target,
+    keys=jax.vmap(jax.random.fold_in)(state.key, state.step),
+    progress=state.step / num_steps,
+    delta=delta,
   )
 
 
-def _advance(threat, transform, success, state, gradient, loss, sample, done):
+def _advance(objective, threat, transform, state, gradient, loss, sample, done):
   """Moves ONE perturbation, or leaves it where it is once it is done."""
-  finite = jax.tree.map(jnp.isfinite, gradient)
-  bad = ~jax.tree.reduce(jnp.logical_and, jax.tree.map(jnp.all, finite))
-  gradient = jax.tree.map(
-    lambda g, ok: jnp.where(ok, g, jnp.zeros_like(g)), gradient, finite
+  success = objective.success(sample)
+  moved = stepping.advance(
+    threat, transform, state, gradient, loss=loss, sample=sample, success=success
   )
+  return stepping.freeze(done, state, moved)
 
-  def project(delta):
-    return threat.project(delta, sample.clean)
 
-  updates, opt = transform.update(
-    gradient,
-    state.opt,
-    state.delta,
-    value=-loss,
-    sample=sample,
-    project=project,
-    success=success(sample),
-  )
-  moved = state._replace(
-    step=state.step + 1,
-    delta=project(optax.apply_updates(state.delta, updates)),
-    opt=opt,
-    nonfinite=state.nonfinite + (bad | _is_nonfinite(loss[None])[0]),
-  )
-  done = state.done | done
-  return _select(done, state, moved)._replace(done=done)
+def _parts(batch, threat, axis_name):
+  """Images, what `prepare` reads, weights and ids of a batch, checked."""
+  x = batch["image"]
+  place = jnp.arange(len(x))
+  if axis_name is not None:
+    place = place + len(x) * jax.lax.axis_index(axis_name)
+  y = {k: v for k, v in batch.items() if k not in ("image", "weight", "id")}
+  inputs.check_batch(x, {"label": place} | y, threat.bounds)
+  return x, y, batch.get("weight", jnp.ones(len(x))), batch.get("id", place)
+
+
+def _each(example, gradient):
+  if example is None:
+    return gradient
+  return jax.vmap(lambda g: example.update(g, example.init(g))[0])(gradient)
+
+
+def _weighted_means(terms, weight, axis_name):
+  """Means over the examples whose terms are all finite, and how many are not."""
+  leaves = [jnp.isfinite(v).reshape(len(weight), -1) for v in jax.tree.leaves(terms)]
+  finite = jnp.concatenate(leaves, 1).all(1)
+  bad = (~finite & (weight > 0)).sum()
+  weight = jnp.where(finite, weight, 0)
+
+  def total(values):
+    shape = (-1,) + (1,) * (values.ndim - 1)
+    kept = jnp.where(finite.reshape(shape), values, 0)
+    return (weight.reshape(shape) * kept).sum(0)
+
+  sums = jax.tree.map(total, terms), weight.sum(), bad
+  if axis_name is not None:
+    sums = jax.lax.psum(sums, axis_name)
+  totals, count, bad = sums
+  share = 1 / jnp.maximum(count, jnp.finfo(count.dtype).tiny)
+  return jax.tree.map(lambda value: value * share, totals), bad
 
 
 def _passes(evaluate, predict, x, target, state):
@@ -325,17 +391,3 @@ def _check_target(predict, x, target):
   logits, _ = jax.eval_shape(lambda image: call(predict, image), x)
   inputs.check_shapes(target, logits)
   inputs.check_classes(target, logits)
-
-
-def _select(condition, new, old):
-  """`new` where `condition`, leaf by leaf, typed keys included."""
-  return jax.tree.map(functools.partial(jnp.where, condition), new, old)
-
-
-def _is_nonfinite(loss):
-  return ~jnp.isfinite(loss).reshape(loss.shape[0], -1).all(1)
-
-
-def _as_float(value):
-  """The default float: a half-precision model cannot change the state's type."""
-  return jnp.asarray(value, jnp.result_type(float))

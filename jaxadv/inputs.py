@@ -4,6 +4,7 @@ Shapes and dtypes are checked always; values (range of the images, classes of th
 labels) only where they are concrete, that is outside `jit`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,16 +13,37 @@ import numpy as np
 
 __all__ = [
   "check_batch",
+  "check_choice",
   "check_classes",
   "check_feature",
+  "check_image",
   "check_num_steps",
   "check_positive",
   "check_shapes",
+  "check_share",
 ]
 
 
-def check_positive(name: str, value: Any) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+  """Raises `ValueError` unless `value` is one of the `choices`.
+
+  Example:
+    >>> check_choice("keep", "first", ("last", "best"))
+    Traceback (most recent call last):
+    ...
+    ValueError: `keep` is 'first'; write one of last, best.
+  """
+  if value not in choices:
+    raise ValueError(f"`{name}` is {value!r}; write one of {', '.join(choices)}.")
+
+
+def check_positive(name: str, value: Any, *, zero: bool = True) -> None:
   """Raises `ValueError` when a concrete `value` is negative or not a number.
+
+  Args:
+    name: of the argument.
+    value: a number or an array.
+    zero: whether 0 will do.
 
   Example:
     >>> check_positive("eps", -1.0)
@@ -32,8 +54,25 @@ def check_positive(name: str, value: Any) -> None:
   if not _is_concrete(value):
     return
   values = np.asarray(value, float)
-  if not np.all(values >= 0):
-    raise ValueError(f"`{name}` is {value}; it must be a number >= 0.")
+  if not np.all(values >= 0 if zero else values > 0):
+    sign = ">=" if zero else ">"
+    raise ValueError(f"`{name}` is {value}; it must be a number {sign} 0.")
+
+
+def check_share(name: str, value: Any) -> None:
+  """Raises `ValueError` when a concrete `value` is outside [0, 1].
+
+  Example:
+    >>> check_share("weight", 1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: `weight` is 1.5; it must be a number in [0, 1].
+  """
+  if not _is_concrete(value):
+    return
+  values = np.asarray(value, float)
+  if not np.all((values >= 0) & (values <= 1)):
+    raise ValueError(f"`{name}` is {value}; it must be a number in [0, 1].")
 
 
 def check_num_steps(num_steps: Any) -> None:
@@ -81,6 +120,15 @@ def check_batch(x: Any, y: Any, bounds: tuple[Any, Any] | None) -> None:
   _check_leading_axis(y, x.shape[0])
   if bounds is not None and all(map(_is_concrete, (x, *bounds))):
     _check_range(np.asarray(x), *bounds)
+
+
+def check_image(image: Any) -> None:
+  """Raises unless `image` is ONE float image `(..., C)`."""
+  dtype, shape = getattr(image, "dtype", type(image).__name__), jnp.shape(image)
+  if dtype not in (jnp.float32, jnp.float64):
+    raise TypeError(f"`image` has dtype {dtype}; write one float32 image (..., C).")
+  if 0 in shape or not shape:
+    raise ValueError(f"`image` has shape {shape}; write one image (..., C).")
 
 
 def check_shapes(target: Any, logits: Any) -> None:

@@ -9,14 +9,21 @@ half-precision model is attacked in single precision. Sums are plain Python:
 """
 
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import filters, inputs, masks
+from jaxadv import inputs, masks
+from jaxadv.similarity import (
+  band_energy,
+  feature_cosine,
+  feature_distance,
+  feature_similarity,
+  low_frequency_energy,
+  squared_l2,
+)
 from jaxadv.types import LossFn, Sample, valid_pixels
 
 __all__ = [
@@ -33,6 +40,7 @@ __all__ = [
   "feature_similarity",
   "jensen_shannon",
   "kl_to_target",
+  "label_margin",
   "low_frequency_energy",
   "margin",
   "mask_logits",
@@ -40,7 +48,9 @@ __all__ = [
   "masked_cross_entropy",
   "negate",
   "seg_pgd",
+  "smoothed_agreement",
   "squared_l2",
+  "task_loss",
   "until_fooled",
 ]
 
@@ -64,6 +74,100 @@ def binary_cross_entropy(sample: Sample) -> jax.Array:
   """Mean over labels of `-log sigmoid((2y - 1) z)`. Logits and labels `(L,)`."""
   return _mean(
     optax.sigmoid_binary_cross_entropy(_logits(sample), sample.target["label"]), sample
+  )
+
+
+def task_loss(sample: Sample) -> jax.Array:
+  """Cross-entropy for classes and masks, binary cross-entropy for label sets.
+
+  Example:
+    >>> print(task_loss(_example([0.0, 0.0], 1)), task_loss(_example([0.0], [1])))
+    0.6931472 0.6931472
+  """
+  return (
+    binary_cross_entropy(sample) if _is_label_set(sample) else cross_entropy(sample)
+  )
+
+
+def label_margin(
+  sample: Sample, *, slack: float | jax.Array = 0.0, threshold: float | jax.Array = 0.0
+) -> jax.Array:
+  """Mean over labels of `-max((2y - 1) (z - threshold), -slack)`.
+
+  Its gradient is constant until a label has flipped by `slack`, and then 0: confident
+  labels, where binary cross-entropy vanishes, are pulled like all others.
+
+  Args:
+    sample: logits and labels `(L,)`.
+    slack: how far beyond the threshold a label is pushed, >= 0.
+    threshold: logit at which a label is decided.
+
+  Returns:
+    A scalar, at most `slack`.
+
+  Example:
+    >>> label_margin(_example([2.0, -1.0], [1, 0])).item()
+    -1.5
+  """
+  right = 2 * sample.target["label"] - 1
+  margins = right * (_logits(sample) - threshold)
+  return _mean(-jnp.maximum(margins, -slack), sample)
+
+
+def smoothed_agreement(
+  sample: Sample,
+  *,
+  weight: float | jax.Array = 1.0,
+  reference: Literal["soft", "hard"] = "soft",
+  targeted: bool = False,
+) -> jax.Array:
+  """SMIA: the task loss, less the disagreement with the smoothed twin.
+
+  `L(y, p) - weight * CE(q, p)`, a mean, with `p` the prediction and `q` that for the
+  twin of `forwards.smoothed_twin`, a constant of the gradient; for a label set both are
+  one Bernoulli per label. Targeted: `-L(y, p) - weight * CE(q, p)`, raised as it is.
+
+  The two are added up before the logarithm: where they cancel, they do so exactly, and
+  the sign of a rounding moves nothing.
+
+  Args:
+    sample: logits `(K,)`, `(..., K)` or `(L,)`, and the twin's in the features.
+    weight: in [0, 1].
+    reference: `q` as predicted, or the decision made of it, one-hot. The hard one
+      counts from the second step on, as in the released code.
+    targeted: the label is what the attacker wants.
+
+  Returns:
+    A scalar.
+
+  Raises:
+    ValueError: without a twin.
+
+  Example:
+    >>> twin = {"smoothed_logits": jnp.array([0.0, 0.0])}
+    >>> sample = _example([1.0, 0.0], 1)._replace(features=twin)
+    >>> print(smoothed_agreement(sample).round(4))
+    0.5
+
+  Reference: Qi et al., ICLR 2021, arXiv 2103.05232; see `jaxadv.attacks.smia`.
+  """
+  inputs.check_feature("smoothed_logits", sample.features)
+  z, sign = _logits(sample), -1 if targeted else 1
+  twin = jax.lax.stop_gradient(sample.features["smoothed_logits"].astype(z.dtype))
+  if reference == "hard":
+    weight = jnp.where(sample.progress == 0, 0, weight)
+  if _is_label_set(sample):
+    q = jax.nn.sigmoid(twin) if reference == "soft" else twin > 0
+    y = jnp.asarray(sample.target["label"])
+    on, off = sign * y - weight * q, sign * (1 - y) - weight * (1 - q)
+    return _mean(-on * jax.nn.log_sigmoid(z) - off * jax.nn.log_sigmoid(-z), sample)
+  one_hot = functools.partial(jax.nn.one_hot, num_classes=z.shape[-1], dtype=z.dtype)
+  q = jax.nn.softmax(twin) if reference == "soft" else one_hot(jnp.argmax(twin, -1))
+  truth = one_hot(sample.target["label"])
+  return _mean(
+    (sign - weight) * jax.nn.logsumexp(z, -1)
+    - ((sign * truth - weight * q) * z).sum(-1),
+    sample,
   )
 
 
@@ -217,108 +321,6 @@ def mask_margin(sample: Sample) -> jax.Array:
   return jnp.where(wrong, _margins(sample), 0).sum()
 
 
-def feature_distance(name: str) -> LossFn:
-  """Mean square distance to `target["features"][name]`; ValueError without it."""
-
-  def loss(sample):
-    feature, guide = _feature_pair(sample, name, "features")
-    return jnp.square(feature - guide).mean()
-
-  return loss
-
-
-def feature_cosine(name: str, *, reference: str = "features") -> LossFn:
-  """Cosine of a feature, averaged over space, with that of a reference image.
-
-  Args:
-    name: feature of the model; `(..., C)` is averaged to `(C,)` first.
-    reference: entry of the target that holds the reference features: `"features"` for
-      the guide image, `"clean_features"` for the clean one.
-
-  Returns:
-    A loss in [-1, 1].
-  """
-
-  def loss(sample):
-    feature, guide = _feature_pair(sample, name, reference)
-    return _cosine(_pool(feature), _pool(guide))
-
-  return loss
-
-
-def feature_similarity(
-  name: str, kind: Literal["ssah", "src", "tgt", "pair"] = "ssah", *, slack: float = 0.2
-) -> LossFn:
-  """How much an image still looks like its source and not like its target, in features.
-
-  With cosines `s` to the clean and `t` to the target image: `src = s`, `tgt = -t`,
-  `pair = s - t`, and `ssah = max(0, w_s s - w_t t)` with detached self-paced weights
-  `w_s = max(0, s - slack)`, `w_t = max(0, 1 + slack - t)`. Attacks lower it.
-
-  Args:
-    name: feature of the model.
-    kind: which of the four.
-    slack: the margin m of SSAH.
-
-  Returns:
-    A loss.
-
-  Reference: SSAH, Luo et al., CVPR 2022, arXiv 2203.05151.
-  """
-  source = feature_cosine(name, reference="clean_features")
-  target = feature_cosine(name)
-
-  def ssah(sample):
-    s, t = source(sample), target(sample)
-    away = jax.lax.stop_gradient(jnp.maximum(0, s - slack))
-    towards = jax.lax.stop_gradient(jnp.maximum(0, 1 + slack - t))
-    return jnp.maximum(0, away * s - towards * t)
-
-  kinds: dict[str, LossFn] = {
-    "ssah": ssah,
-    "src": source,
-    "tgt": negate(target),
-    "pair": lambda sample: source(sample) - target(sample),
-  }
-  if kind not in kinds:
-    raise ValueError(f"`kind` is {kind!r}; write one of {', '.join(kinds)}.")
-  return kinds[kind]
-
-
-def low_frequency_energy(cutoff: float | jax.Array) -> LossFn:
-  """`||P d||_2^2` of `d = image - clean`, with `P` the low-pass at `cutoff`."""
-  return band_energy(functools.partial(filters.low_pass, cutoff=cutoff))
-
-
-def band_energy(band: Callable[[jax.Array], jax.Array]) -> LossFn:
-  """`||P d||_2^2` of the change `d = image - clean`, for an orthogonal projector `P`.
-
-  Its gradient is `2 P d`, taken analytically: one filter per step instead of two.
-
-  Args:
-    band: the projector, for instance `filters.haar_low_pass`.
-
-  Returns:
-    A loss, >= 0.
-  """
-
-  @jax.custom_vjp
-  def energy(delta):
-    return jnp.square(band(delta)).sum()
-
-  def forward(delta):
-    low = band(delta)
-    return jnp.square(low).sum(), low
-
-  energy.defvjp(forward, lambda low, g: (2 * g * low,))
-  return lambda sample: energy(sample.image - sample.clean)
-
-
-def squared_l2(sample: Sample) -> jax.Array:
-  """`||image - clean||_2^2` over the whole image."""
-  return jnp.square(sample.image - sample.clean).sum()
-
-
 def negate(loss: LossFn) -> LossFn:
   """Minus the loss: raise it to lower the loss, for targeted attacks."""
   return lambda sample: -loss(sample)
@@ -362,6 +364,10 @@ def _cross_entropies(sample):
   return jax.nn.logsumexp(z, -1) - _pick(z, sample.target["label"])
 
 
+def _is_label_set(sample):
+  return jnp.shape(sample.target["label"]) == sample.logits.shape
+
+
 def _wrong(sample):
   label = sample.target["label"]
   return masks.decision(sample.logits, label) != label
@@ -370,28 +376,6 @@ def _wrong(sample):
 def _mean(values, sample):
   valid = valid_pixels(sample)
   return jnp.where(valid, values, 0).sum() / jnp.maximum(valid.sum(), 1)
-
-
-def _feature_pair(sample, name, reference):
-  inputs.check_feature(name, sample.features)
-  if reference not in sample.target:
-    raise ValueError(
-      f"the target has no {reference!r}; prepare it with targets.guide_features and "
-      'y={"label": ..., "image": target_image}.'
-    )
-  dtype = jnp.result_type(float)
-  guide = sample.target[reference][name]
-  return sample.features[name].astype(dtype), guide.astype(dtype)
-
-
-def _pool(feature):
-  return feature.mean(tuple(range(feature.ndim - 1)))
-
-
-def _cosine(a, b):
-  tiny = jnp.finfo(a.dtype).tiny
-  squares = jnp.square(a).sum() * jnp.square(b).sum()
-  return (a * b).sum() / jnp.sqrt(jnp.maximum(squares, tiny))
 
 
 def _example(logits, label):

@@ -4,6 +4,7 @@ Every function here is a `prepare` of an `Objective`: `(predict, x, y) -> target
 `y` is an array of labels or a mapping that holds them under `"label"`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,17 +22,21 @@ __all__ = [
   "least_likely",
   "predictions",
   "prototypes",
+  "rivals",
 ]
 
 
 def predictions(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
   """The model's own clean decision as label; the truth in `y` is not read.
 
+  Where `y` holds that decision already, as `y["decision"]`, no forward pass is spent.
+
   Example:
     >>> predictions(lambda x: x, jnp.array([[0.1, 0.9]]), None)["label"].tolist()
     [1]
   """
-  del y
+  if isinstance(y, Mapping) and "decision" in y:
+    return {"label": y["decision"]}
   return {"label": jnp.argmax(call(predict, x)[0], -1)}
 
 
@@ -46,8 +51,8 @@ def least_likely(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
   return {"label": jnp.argmin(call(predict, x)[0], -1)}
 
 
-def constant(k: int) -> PrepareFn:
-  """Class `k` for every image and pixel.
+def constant(k: int | jax.Array) -> PrepareFn:
+  """Class `k` for every image and pixel; a traced `k` is not checked.
 
   Example:
     >>> constant(1)(lambda x: x, jnp.zeros((3, 2)), None)["label"].tolist()
@@ -57,9 +62,9 @@ def constant(k: int) -> PrepareFn:
   def prepare(predict, x, y):
     del y
     logits = jax.eval_shape(lambda image: call(predict, image)[0], x)
-    target = {"label": jnp.full(logits.shape[:-1], k)}
-    inputs.check_classes({"label": np.full(logits.shape[:-1], k)}, logits)
-    return target
+    if not isinstance(k, jax.core.Tracer):
+      inputs.check_classes({"label": np.full(logits.shape[:-1], k)}, logits)
+    return {"label": jnp.full(logits.shape[:-1], k)}
 
   return prepare
 
@@ -73,6 +78,26 @@ def clean_logits(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
     [[2.0, 2.0]]
   """
   return labels(predict, x, y) | {"logits": call(predict, x)[0]}
+
+
+def rivals(n: int) -> PrepareFn:
+  """The label, and as `"rivals"` the `n` other classes with the highest clean logits.
+
+  Example:
+    >>> target = rivals(2)(lambda x: x, jnp.array([[0.1, 0.9, 0.5]]), jnp.array([1]))
+    >>> target["rivals"].tolist()
+    [[2, 0]]
+  """
+
+  def prepare(predict, x, y):
+    target = labels(predict, x, y)
+    logits = call(predict, x)[0]
+    own = jax.nn.one_hot(target["label"], logits.shape[-1], dtype=bool)
+    others = jnp.where(own, -jnp.inf, logits)
+    _, ordered = jax.lax.top_k(others, min(n, logits.shape[-1] - 1))
+    return target | {"rivals": ordered}
+
+  return prepare
 
 
 def guide_features(predict: Predict, x: Images, y: Any) -> dict[str, Any]:

@@ -36,6 +36,7 @@ __all__ = [
   "sign_step",
   "smooth",
   "sparse_sign",
+  "step_to_boundary",
 ]
 
 # (delta, how much of it, delta at the first success) -> delta; see `shrink_on_success`
@@ -83,6 +84,28 @@ def combine_normalized(
   return optax.stateless(reduce)
 
 
+def step_to_boundary(overshoot: float | jax.Array) -> Any:
+  """The step to the nearest of S linearised boundaries `loss_k = 0`.
+
+  `(1 + overshoot) |f_k| w_k / ||w_k||^2` for the k with the smallest `|f_k| / ||w_k||`;
+  zero where no gradient is.
+
+  Args:
+    overshoot: share by which the step goes too far.
+  """
+
+  def update(g, state, params=None, *, value, **extra):
+    del params, extra
+    flat = g.reshape(len(value), -1)
+    norm = jnp.sqrt(jnp.square(flat).sum(1))
+    distance = jnp.abs(value) / jnp.maximum(norm, jnp.finfo(g.dtype).tiny)
+    nearest = jnp.argmin(jnp.where(norm > 0, distance, jnp.inf))
+    step = -(1 + overshoot) * distance[nearest] * _unit(flat[nearest], 2)
+    return jnp.where(norm.max() > 0, step, 0).reshape(g.shape[1:]), state
+
+  return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
 def sparse_sign(share: float = 0.01) -> optax.GradientTransformation:
   """Steepest step in L1: equal steps in the entries with the largest gradients.
 
@@ -100,7 +123,7 @@ def sparse_sign(share: float = 0.01) -> optax.GradientTransformation:
   return optax.stateless(update)
 
 
-def smooth(sigma: float, *, size: int = 15) -> optax.GradientTransformation:
+def smooth(sigma: float | jax.Array, *, size: int = 15) -> optax.GradientTransformation:
   """Gaussian blur of the gradient (translation invariance, arXiv 1904.02884)."""
   kernel = filters.gaussian_kernel(sigma, size)
   return optax.stateless(lambda g, _: filters.blur(g, kernel.astype(g.dtype)))

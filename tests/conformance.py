@@ -62,10 +62,21 @@ ROWS = (
   Row("pgd", _of("pgd", num_steps=STEPS, norm="l2"), "class", 0.4, "l2"),
   Row("pgd", _of("pgd", num_steps=STEPS, norm="l1"), "class", 3.0, "l1"),
   Row("mi_fgsm", _of("mi_fgsm", num_steps=STEPS), "class", 0.05, "linf"),
+  Row(
+    "deepfool",
+    lambda size: attacks.deepfool(overshoot=size, num_steps=STEPS),
+    "class",
+    0.05,
+  ),
+  # hardly shrunk: a broken image of the checks has to stay as dark or as bright
+  Row("di_fgsm", _of("di_fgsm", num_steps=STEPS, shrink=0.98), "class", 0.05, "linf"),
+  Row("ti_fgsm", _of("ti_fgsm", num_steps=STEPS, size=5), "class", 0.05, "linf"),
   Row("apgd", _of("apgd", num_steps=STEPS), "class", 0.05, "linf"),
   Row("apgd", _of("apgd", num_steps=STEPS, norm="l2"), "class", 0.4, "l2"),
   Row("seg_pgd", _of("seg_pgd", num_steps=STEPS), "mask", 0.05, "linf"),
   Row("cos_pgd", _of("cos_pgd", num_steps=STEPS, targeted=True), "mask", 0.05, "linf"),
+  Row("smia", _of("smia", num_steps=STEPS), "class", 0.05, "linf"),
+  Row("smia", _of("smia", num_steps=STEPS, targeted=True), "mask", 0.05, "linf"),
   Row("asma", _of("asma", "tau", beta=0.1, **_EASY), "mask", 0.02),
   Row(
     "asma_calibrated",

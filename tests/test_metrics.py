@@ -1,5 +1,6 @@
 import functools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 from scipy import ndimage
 
 from jaxadv import metrics
-from tests import helpers
 
 
 def _images(shape, seed=0):

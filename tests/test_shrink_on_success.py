@@ -2,6 +2,7 @@
 
 import functools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 
 from jaxadv import engine, filters, losses, threats, transforms, types
 from jaxadv.types import Objective
-from tests import helpers
 
 WEIGHTS = np.array([3.0, -1.0, 0.5, 2.0])
 

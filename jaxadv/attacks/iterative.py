@@ -10,12 +10,12 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from jaxadv import inputs, losses, targets, threats, transforms
-from jaxadv.attacks.parts import Bounds, Keep, Scalar
+from jaxadv import forwards, inputs, losses, targets, threats, transforms
+from jaxadv.attacks.parts import Bounds, Keep, Scalar, momentum
 from jaxadv.engine import Attack, gradient_attack
 from jaxadv.types import LossFn, Objective, SuccessFn, Threat, reached
 
-__all__ = ["apgd", "fgsm", "mi_fgsm", "pgd"]
+__all__ = ["apgd", "di_fgsm", "fgsm", "mi_fgsm", "pgd", "ti_fgsm"]
 
 _THREATS = {"linf": threats.linf, "l2": threats.l2, "l1": threats.l1}
 
@@ -165,15 +165,92 @@ def mi_fgsm(
 
   Reference: Dong et al., CVPR 2018, arXiv 1710.06081.
   """
-  step_size = _step_size(eps, step_size, num_steps, 1.0)
-  momentum = optax.chain(transforms.normalize(1), optax.trace(decay))
-  return gradient_attack(
-    aim(loss, targeted),
-    threats.linf(eps, bounds=bounds),
-    optax.chain(momentum, transforms.sign_step(step_size)),
-    num_steps=num_steps,
-    random_start=False,
-  )
+  return _momentum(eps, step_size, num_steps, decay, aim(loss, targeted), bounds)
+
+
+def di_fgsm(
+  eps: Scalar,
+  *,
+  step_size: Scalar | None = None,
+  num_steps: int = 10,
+  decay: Scalar = 1.0,
+  probability: Scalar = 0.5,
+  shrink: Scalar = 0.9,
+  fill: Scalar = 0.0,
+  loss: LossFn = losses.cross_entropy,
+  targeted: bool = False,
+  bounds: Bounds = (0.0, 1.0),
+) -> Attack:
+  """Momentum iterative FGSM on diverse inputs, for attacks that transfer.
+
+  The gradient is taken at a copy that is, with some probability, shrunk and laid at a
+  random place: `m <- decay * m + g / ||g||_1`, `x <- project(x + step_size * sign(m))`.
+  For classes and label sets: a mask would have to move with the image.
+
+  Args:
+    eps: Linf radius.
+    step_size: default `eps / num_steps`.
+    num_steps: steps.
+    decay: of the momentum; 0 for none.
+    probability: of changing an example in a step.
+    shrink: smallest scale.
+    fill: value around the shrunk image: that of its background.
+    loss: raised, or lowered when targeted.
+    targeted: `y` is what the attacker wants.
+    bounds: valid range of images.
+
+  Returns:
+    An `Attack`; its losses are those of the copies it saw, while score, logits and
+    success are those of the image itself.
+
+  Differs from the released code, see `jaxadv.forwards.input_diversity`.
+
+  Reference: Xie et al., CVPR 2019, arXiv 1803.06978.
+  """
+  diverse = forwards.input_diversity(probability=probability, shrink=shrink, fill=fill)
+  options = eps, step_size, num_steps, decay
+  attack = _momentum(*options, aim(loss, targeted, forward=diverse), bounds)
+  plain = _momentum(*options, aim(loss, targeted), bounds)
+  return attack._replace(finish=plain.finish)
+
+
+def ti_fgsm(
+  eps: Scalar,
+  *,
+  step_size: Scalar | None = None,
+  num_steps: int = 10,
+  decay: Scalar = 1.0,
+  sigma: Scalar = 7 / 3,
+  size: int = 15,
+  loss: LossFn = losses.cross_entropy,
+  targeted: bool = False,
+  bounds: Bounds = (0.0, 1.0),
+) -> Attack:
+  """Momentum iterative FGSM with a smoothed gradient, for attacks that transfer.
+
+  `m <- decay * m + G g / ||G g||_1`, `x <- project(x + step_size * sign(m))` with a
+  Gaussian filter `G`.
+
+  Args:
+    eps: Linf radius.
+    step_size: default `eps / num_steps`.
+    num_steps: steps.
+    decay: of the momentum; 0 for none.
+    sigma: of the Gaussian in pixels; the default is that of the released code, 15 taps
+      on [-3, 3].
+    size: odd number of its taps.
+    loss: raised, or lowered when targeted.
+    targeted: `y` is what the attacker wants.
+    bounds: valid range of images.
+
+  Returns:
+    An `Attack`.
+
+  Reference: Dong et al., CVPR 2019, arXiv 1904.02884.
+  """
+  smooth = transforms.smooth(sigma, size=size)
+  objective = aim(loss, targeted)
+  return _momentum(eps, step_size, num_steps, decay, objective, bounds, smooth)
 
 
 def apgd(
@@ -217,6 +294,18 @@ def apgd(
     transforms.scale_by_apgd(eps, num_steps, norm=norm, rho=rho),
     num_steps=num_steps,
     keep="best",
+  )
+
+
+def _momentum(eps, step_size, num_steps, decay, objective, bounds, *first):
+  """Signs of MI-FGSM's momentum of the gradient, or of what `first` makes of it."""
+  step_size = _step_size(eps, step_size, num_steps, 1.0)
+  return gradient_attack(
+    objective,
+    threats.linf(eps, bounds=bounds),
+    optax.chain(*first, momentum(decay), transforms.sign_step(step_size)),
+    num_steps=num_steps,
+    random_start=False,
   )
 
 

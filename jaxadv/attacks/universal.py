@@ -1,0 +1,286 @@
+"""Universal perturbations: ONE perturbation that changes the decision on most images.
+
+Each is a `Universal`: `init(key, image) -> state`, `step(predict, state, batch) ->
+(state, metrics)`; drive it with `jaxadv.loops.fit`, read `state.delta`, apply it with
+`jaxadv.combine.fixed`. The radius counts in the units of the image;
+`jaxadv.threats.share_of_norm` gives it as a share of the mean image norm.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxadv import inputs, losses, targets, threats, transforms
+from jaxadv.attacks.iterative import fgsm
+from jaxadv.attacks.parts import Bounds, Scalar, momentum
+from jaxadv.engine import Universal, universal_attack
+from jaxadv.types import (
+  AttackFn,
+  LossFn,
+  Objective,
+  PrepareFn,
+  Threat,
+  call,
+  reached,
+)
+
+__all__ = [
+  "random_universal",
+  "sequential_universal",
+  "targeted_universal",
+  "universal",
+]
+
+_THREATS = {"linf": threats.linf, "l2": threats.l2}
+Norm = Literal["linf", "l2"]
+
+
+def universal(
+  eps: Scalar,
+  *,
+  norm: Norm = "linf",
+  step_size: Scalar | optax.Schedule | None = None,
+  num_steps: int | None = None,
+  decay: Scalar = 0.0,
+  loss: LossFn | None = None,
+  prepare: PrepareFn = targets.predictions,
+  axis_name: str | None = None,
+  bounds: Bounds = (0.0, 1.0),
+) -> Universal:
+  """Minibatch ascent on the capped cross-entropy: the form that scales to a pod.
+
+      g = mean_i grad min(CE(c_i, f(clip(x_i + v))), 10)
+      m <- decay m + g / mean|g|,  v <- project(v + step_size * direction(m))
+
+  with `direction` the sign (Linf) or `m / ||m||` (L2). The cap keeps images that are
+  fooled already from leading the others.
+
+  Args:
+    eps: radius.
+    norm: of the ball.
+    step_size: in the norm, a number or an optax schedule; by default `eps`, falling to
+      0 along a cosine, where `num_steps` is given, and `0.3 * eps` where it is not.
+      Large first steps leave the class that the first batches happen to point at.
+    num_steps: steps you are going to take; only the default step size reads it.
+    decay: of the momentum.
+    loss: raised on average; `losses.until_fooled(losses.cross_entropy)` is the rule of
+      the iterative algorithm at batch size.
+    prepare: what the loss compares with: the model's clean decision, read from
+      `batch["decision"]` or computed by one more forward pass. `jaxadv.types.labels`
+      takes the truth, `batch["label"]`.
+    axis_name: of the mapped axis of devices, under `pmap`.
+    bounds: valid range of images.
+
+  Returns:
+    A `Universal`.
+
+  Raises:
+    ValueError: for a negative radius or step and an unknown norm.
+
+  Example:
+    >>> uap = universal(0.2, num_steps=5)
+    >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
+    >>> batch = {"image": jnp.full((4, 2), 0.5)}
+    >>> state = uap.init(jax.random.key(0), batch["image"][0])
+    >>> for _ in range(5):
+    ...   state, metrics = uap.step(lambda x: x @ weights, state, batch)
+    >>> print(state.delta)
+    [-0.2 -0.2]
+
+  Differs from the released code of sgd-uap (constant step of 0.8 eps; the truth as
+  label), which stalls: see docs/universal.md.
+
+  Reference: Shafahi et al., AAAI 2020, arXiv 1811.11304.
+  """
+  loss = losses.cap(losses.cross_entropy, 10.0) if loss is None else loss
+  return universal_attack(
+    Objective(loss, prepare=prepare),
+    _threat(eps, norm, bounds),
+    _ascent(eps, norm, step_size, num_steps, decay),
+    axis_name=axis_name,
+  )
+
+
+def targeted_universal(
+  eps: Scalar,
+  *,
+  target: int,
+  norm: Norm = "linf",
+  step_size: Scalar | optax.Schedule | None = None,
+  num_steps: int | None = None,
+  decay: Scalar = 0.0,
+  axis_name: str | None = None,
+  bounds: Bounds = (0.0, 1.0),
+) -> Universal:
+  """Minibatch descent on the cross-entropy towards one class.
+
+  `universal` with `-CE(target, f(clip(x_i + v)))`, and no cap: it would silence the
+  images that are still far from the target.
+
+  Args:
+    eps: radius.
+    target: class every image is to be taken for.
+    norm: of the ball.
+    step_size: as for `universal`.
+    num_steps: as for `universal`.
+    decay: of the momentum.
+    axis_name: of the mapped axis of devices, under `pmap`.
+    bounds: valid range of images.
+
+  Returns:
+    A `Universal`; `success` among its metrics is the share decided as `target`.
+
+  Raises:
+    ValueError: as for `universal`, and for a target outside the model's classes.
+
+  Reference: Hirano et al., BMC Medical Imaging 21:9 (2021).
+  """
+  objective = Objective(
+    losses.negate(losses.cross_entropy),
+    prepare=targets.constant(target),
+    success=reached,
+  )
+  return universal_attack(
+    objective,
+    _threat(eps, norm, bounds),
+    _ascent(eps, norm, step_size, num_steps, decay),
+    axis_name=axis_name,
+  )
+
+
+def sequential_universal(
+  eps: Scalar,
+  *,
+  attack: AttackFn | None = None,
+  norm: Norm = "linf",
+  target: int | None = None,
+  bounds: Bounds = (0.0, 1.0),
+) -> Universal:
+  """The published iterative algorithm: one image at a time, with an acceptance test.
+
+  For each image that `v` does not fool yet, the inner attack starts from `x_i + v`; if
+  it succeeds, `v <- project(v + what it added)`, otherwise `v` stays. One step visits
+  the images of the batch in order. The reference on small data: it cannot be spread
+  over devices, as every acceptance changes `v` for the next image.
+
+  Args:
+    eps: radius.
+    attack: inner attack, targeted when `target` is given. By default one sign step of
+      0.0012 in [0, 1], the published 0.0024 on images in [-1, 1], whatever the norm;
+      `attacks.deepfool` gives the algorithm of Moosavi-Dezfooli et al.
+    norm: of the ball.
+    target: class every image is to be taken for; by default any but the clean decision.
+    bounds: valid range of images; `(-jnp.inf, jnp.inf)` is the released code, which
+      never clips.
+
+  Returns:
+    A `Universal`; its metrics are `success`, the share fooled when visited, and
+    `accepted`, the share whose step was taken.
+
+  Reference: Hirano et al., BMC Medical Imaging 21:9 (2021); Moosavi-Dezfooli et al.,
+  CVPR 2017, arXiv 1610.08401.
+  """
+  threat = _threat(eps, norm, bounds)
+  attack = (
+    fgsm(0.0012, targeted=target is not None, bounds=bounds)
+    if attack is None
+    else attack
+  )
+  prepare = targets.predictions if target is None else targets.constant(target)
+  start = universal_attack(Objective(losses.margin), threat, optax.identity())
+
+  def step(predict, state, batch):
+    x = batch["image"]
+    inputs.check_batch(x, {"label": jnp.zeros(len(x), int)}, bounds)
+    weight = batch.get("weight", jnp.ones(len(x)))
+    ids = batch.get("id", jnp.arange(len(x)))
+    wishes = prepare(predict, x, batch)["label"]
+    step_key = jax.random.fold_in(state.key, state.step)
+
+    def visit(delta, example):
+      image, wish, number, weight = example
+      start = threat.apply(image, delta)[None]
+      decision = jnp.argmax(call(predict, start)[0], -1)[0]
+      fooled = (decision == wish) == (target is not None)
+
+      def move():
+        key = jax.random.fold_in(step_key, number)
+        result = attack(key, predict, start, wish[None])
+        moved = threat.project(delta + (result.image - start)[0], None)
+        return jnp.where(result.success[0], moved, delta), result.success[0]
+
+      stay = fooled | (weight == 0)
+      delta, accepted = jax.lax.cond(stay, lambda: (delta, jnp.bool_(False)), move)
+      return delta, {"success": weight * fooled, "accepted": weight * accepted}
+
+    delta, seen = jax.lax.scan(visit, state.delta, (x, wishes, ids, weight))
+    state = state._replace(step=state.step + 1, delta=delta, best_delta=delta)
+    count = jnp.maximum(weight.sum(), jnp.finfo(weight.dtype).tiny)
+    return state, {name: values.sum() / count for name, values in seen.items()}
+
+  return Universal(start.init, step)
+
+
+def random_universal(
+  eps: Scalar,
+  *,
+  norm: Norm = "linf",
+  kind: Literal["ball", "sign"] = "ball",
+  bounds: Bounds = (0.0, 1.0),
+) -> Universal:
+  """The control: one random perturbation, which no step changes.
+
+  `"ball"` is uniform in the ball, as published; in Linf its mean size is half the
+  radius, so it is a weak control. `"sign"` has every value at `+-eps`, or at
+  `+-eps / sqrt(D)` in L2, and is as large as any perturbation allowed.
+
+  Args:
+    eps: radius.
+    norm: of the ball.
+    kind: of the draw.
+    bounds: valid range of images.
+
+  Returns:
+    A `Universal`.
+
+  Raises:
+    ValueError: for a negative radius, an unknown norm and an unknown kind.
+
+  Example:
+    >>> state = random_universal(0.2, kind="sign").init(jax.random.key(0), jnp.ones(3))
+    >>> print(jnp.abs(state.delta))
+    [0.2 0.2 0.2]
+  """
+  if kind not in ("ball", "sign"):
+    raise ValueError(f'`kind` is {kind!r}; write "ball" or "sign".')
+  threat = _threat(eps, norm, bounds)
+  if kind == "sign":
+    threat = threat._replace(init=functools.partial(_signs, eps, norm))
+  objective = Objective(losses.cross_entropy, prepare=targets.predictions)
+  return universal_attack(objective, threat, optax.set_to_zero(), random_start=True)
+
+
+def _threat(eps, norm, bounds) -> Threat:
+  if norm not in _THREATS:
+    raise ValueError(f"`norm` is {norm!r}; write one of {', '.join(_THREATS)}.")
+  return _THREATS[norm](eps, bounds=bounds)
+
+
+def _ascent(eps, norm, step_size, num_steps, decay):
+  if num_steps is not None:
+    inputs.check_num_steps(num_steps)
+  if step_size is None and num_steps is None:
+    step_size = 0.3 * eps
+  elif step_size is None:
+    step_size = optax.cosine_decay_schedule(eps, num_steps)
+  direction = optax.scale_by_sign() if norm == "linf" else transforms.normalize(2)
+  step = optax.chain(direction, optax.scale_by_learning_rate(step_size))
+  return optax.chain(momentum(decay), step)
+
+
+def _signs(eps, norm, key, image):
+  size = eps if norm == "linf" else eps / jnp.sqrt(image.size)
+  return size * jax.random.rademacher(key, image.shape, image.dtype)

@@ -1,0 +1,317 @@
+"""Universal perturbations: published vectors, invariance, what is left out."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxadv import attacks, engine, losses, targets, threats, transforms, types
+
+KEY = jax.random.key(0)
+OPEN = (-jnp.inf, jnp.inf)  # the published codes never clip
+# z_0 = 0, z_1 = x_1 - 2 x_2 - 1
+W, B = np.array([[0.0, 1.0], [0.0, -2.0]]), np.array([[0.0, -1.0]])
+PAIR = np.array([[0.2, 0.0], [2.0, 0.1]])
+FOUR = np.array([[0.2, 0.0], [2.0, 0.1], [0.5, 0.4], [-0.3, 0.2]])
+
+
+def drive(uap, predict, batch, steps):
+  state = uap.init(KEY, batch["image"][0])
+  seen = []
+  for _ in range(steps):
+    state, metrics = uap.step(predict, state, batch)
+    seen.append(metrics)
+  return state, seen
+
+
+def scores(delta, images):
+  return (images + np.asarray(delta)) @ W[:, 1] + B[0, 1]
+
+
+@pytest.mark.parametrize(
+  ("norm", "eps", "target", "want", "rate"),
+  [
+    ("linf", 0.4, None, (0.4, -0.4), 0.5),
+    ("l2", 0.5, None, (0.3535533906, -0.3535533906), 0.5),
+    ("linf", 0.4, 1, (0.4, -0.4), 1.0),
+    ("linf", 0.4, 0, (-0.4, 0.4), 1.0),
+  ],
+)
+def test_the_sequential_vectors(norm, eps, target, want, rate):
+  with helpers.x64():
+    step = attacks.fgsm(0.5, targeted=target is not None, bounds=OPEN)
+    uap = attacks.sequential_universal(
+      eps, norm=norm, target=target, attack=step, bounds=OPEN
+    )
+    state, _ = drive(uap, helpers.linear(W, B), {"image": jnp.asarray(PAIR)}, 2)
+    np.testing.assert_allclose(state.delta, want, rtol=0, atol=1e-9)
+    decided = scores(state.delta, PAIR) > 0
+    wanted = (
+      decided == target if target is not None else decided != (scores(0, PAIR) > 0)
+    )
+    assert wanted.mean() == rate
+
+
+def test_a_step_that_does_not_work_is_not_taken():
+  """The second image alone: one inner step cannot flip it."""
+  with helpers.x64():
+    step = attacks.fgsm(0.1, bounds=OPEN)
+    uap = attacks.sequential_universal(0.4, attack=step, bounds=OPEN)
+    batch = {"image": jnp.asarray(PAIR[1:])}
+    state, (metrics,) = drive(uap, helpers.linear(W, B), batch, 1)
+    assert (state.delta == 0).all()
+    assert metrics["accepted"] == 0
+    big = attacks.sequential_universal(
+      0.9, attack=attacks.fgsm(0.9, bounds=OPEN), bounds=OPEN
+    )
+    state, (metrics,) = drive(big, helpers.linear(W, B), batch, 1)
+    assert metrics["accepted"] == 1
+    assert (state.delta != 0).all()
+
+
+def test_the_deepfool_vectors():
+  with helpers.x64():
+    model = helpers.linear(W, B)
+    x, y = jnp.asarray(PAIR[:1]), jnp.array([0])
+    for overshoot, want in ((0.0, (0.16, -0.32)), (0.02, (0.1632, -0.3264))):
+      attack = attacks.deepfool(num_steps=1, overshoot=overshoot, bounds=OPEN)
+      result = attack(KEY, model, x, y)
+      np.testing.assert_allclose(result.delta[0], want, rtol=0, atol=1e-9)
+    assert scores(result.delta, PAIR[:1]) == pytest.approx(0.016, abs=1e-9)
+    three = helpers.linear(np.array([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0]]))
+    attack = attacks.deepfool(num_steps=1, overshoot=0.0, bounds=OPEN)
+    result = attack(KEY, three, jnp.array([[2.0, 1.0]]), y)
+    np.testing.assert_allclose(result.delta, [[-0.5, 0.5]], rtol=0, atol=1e-9)
+    assert result.backwards == 2
+
+
+def test_the_sequential_algorithm_takes_any_attack():
+  """With DeepFool inside it flips what one fixed step could not."""
+  with helpers.x64():
+    inner = attacks.deepfool(num_steps=10, bounds=OPEN)
+    uap = attacks.sequential_universal(2.0, attack=inner, norm="l2", bounds=OPEN)
+    batch = {"image": jnp.asarray(PAIR)}
+    state, (metrics,) = drive(uap, helpers.linear(W, B), batch, 1)
+    assert metrics["accepted"] == 1
+    assert 0 < np.linalg.norm(state.delta) <= 2
+
+
+def sgd(axis_name=None):
+  return engine.universal_attack(
+    types.Objective(losses.cross_entropy, prepare=targets.predictions),
+    threats.linf(0.4, bounds=OPEN),
+    transforms.sign_step(0.1),
+    axis_name=axis_name,
+  )
+
+
+def test_the_minibatch_vector():
+  with helpers.x64():
+    batch = {"image": jnp.asarray(FOUR)}
+    state, seen = drive(sgd(), helpers.linear(W, B), batch, 5)
+    want = [0.287749, 0.323773, 0.377269, 0.449075, 0.539604]
+    np.testing.assert_allclose([m["loss"] for m in seen], want, rtol=0, atol=5e-7)
+    np.testing.assert_allclose(state.delta, (0.4, -0.4), rtol=0, atol=1e-12)
+    flipped = (scores(state.delta, FOUR) > 0) != (scores(0, FOUR) > 0)
+    assert flipped.mean() == 0.25
+
+
+def test_the_first_mean_gradient_of_the_minibatch_vector():
+  with helpers.x64():
+    uap = engine.universal_attack(
+      types.Objective(losses.cross_entropy, prepare=targets.predictions),
+      threats.linf(10.0, bounds=OPEN),
+      optax.sgd(1.0),
+    )
+    state, _ = drive(uap, helpers.linear(W, B), {"image": jnp.asarray(FOUR)}, 1)
+    np.testing.assert_allclose(state.delta, (0.092158, -0.184315), rtol=0, atol=5e-7)
+
+
+def slopes(weight=None, **batch):
+  """`sum_i g_i . v` as objective, with the gradients of the sharding vector."""
+  image = jnp.asarray([[1.0, -1.0]] * 3 + [[-2.5, 2.0]])
+  return {"image": image} | batch | ({} if weight is None else {"weight": weight})
+
+
+def rise(axis_name=None, **options):
+  return engine.universal_attack(
+    types.Objective(
+      lambda s: (s.clean * s.delta).sum(), success=lambda s: s.clean[0] > 0
+    ),
+    threats.linf(10.0, bounds=OPEN),
+    optax.sgd(1.0),
+    axis_name=axis_name,
+    **options,
+  )
+
+
+def label(batch):
+  return batch | {"label": jnp.zeros(batch["image"].shape[:-1], int)}
+
+
+def test_the_sharding_vector_divides_by_the_global_count():
+  """Three examples on one device, one on the other, padded: (0.125, -0.25)."""
+  flat = label(slopes())
+  state, (metrics,) = drive(rise(), lambda x: x, flat, 1)
+  np.testing.assert_allclose(state.delta, (0.125, -0.25), atol=1e-7)
+  assert metrics["success"] == 0.75
+  image = flat["image"]
+  split = {
+    "image": jnp.stack([image[:3], jnp.stack([image[3]] * 3)]),
+    "weight": jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]),
+    "label": jnp.zeros((2, 3), int),
+  }
+  uap = rise(axis_name="device")
+  start = uap.init(KEY, image[0])
+  step = jax.pmap(
+    lambda batch: uap.step(lambda x: x, start, batch), axis_name="device",
+    devices=jax.devices()[:2],
+  )  # fmt: skip
+  state, metrics = step(split)
+  np.testing.assert_allclose(state.delta, [(0.125, -0.25)] * 2, atol=1e-7)
+  assert (metrics["success"] == 0.75).all()
+
+
+def test_a_stateless_rule_per_example_comes_before_the_mean():
+  state, _ = drive(
+    rise(example=transforms.normalize(2)), lambda x: x, label(slopes()), 1
+  )
+  units = np.array([[1, -1]] * 3) / np.sqrt(2)
+  other = np.array([-2.5, 2]) / np.linalg.norm([2.5, 2])
+  np.testing.assert_allclose(state.delta, (units.sum(0) + other) / 4, atol=1e-6)
+
+
+def test_the_cap_silences_what_is_fooled_already():
+  """Cross-entropies 0.5 and 14 under a cap of 12: only the first has a gradient."""
+  with helpers.x64():
+    logits = np.array([[0.0, np.log(np.exp(0.5) - 1)], [0.0, np.log(np.exp(14.0) - 1)]])
+    uap = engine.universal_attack(
+      types.Objective(losses.cap(losses.cross_entropy, 12.0)),
+      threats.linf(100.0, bounds=OPEN),
+      optax.sgd(1.0),
+    )
+    batch = {"image": jnp.asarray(logits), "label": jnp.zeros(2, int)}
+    alone = {"image": jnp.asarray(logits[:1]), "label": jnp.zeros(1, int)}
+    both, (metrics,) = drive(uap, lambda x: x, batch, 1)
+    first, _ = drive(uap, lambda x: x, alone, 1)
+    np.testing.assert_allclose(metrics["loss"], (0.5 + 12) / 2, atol=1e-12)
+    np.testing.assert_allclose(both.delta, first.delta / 2, atol=1e-12)
+    assert (both.delta != 0).all()
+
+
+def test_padding_changes_nothing_and_an_empty_batch_moves_nothing():
+  flat, _ = drive(rise(), lambda x: x, label(slopes()), 1)
+  image = jnp.concatenate([slopes()["image"], jnp.full((2, 2), 7.0)])
+  weight = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+  padded = label({"image": image, "weight": weight})
+  state, (metrics,) = drive(rise(), lambda x: x, padded, 1)
+  np.testing.assert_array_equal(state.delta, flat.delta)
+  assert metrics["success"] == 0.75
+  nothing = label(slopes(weight=jnp.zeros(4)))
+  state, _ = drive(rise(), lambda x: x, nothing, 1)
+  assert (state.delta == 0).all()
+
+
+def test_an_example_that_is_not_finite_is_left_out_and_counted():
+  def breaks(image):
+    return jnp.where(image[:, :1] < 0, jnp.nan, 1.0) * image
+
+  uap = engine.universal_attack(
+    types.Objective(lambda s: (s.logits * s.delta).sum()),
+    threats.linf(10.0, bounds=OPEN),
+    optax.sgd(1.0),
+  )
+  state, (metrics,) = drive(uap, breaks, label(slopes()), 1)
+  np.testing.assert_allclose(state.delta, (1, -1), atol=1e-6)
+  assert metrics["nonfinite"] == state.nonfinite == 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_sharded_batches_give_the_perturbation_of_one_device(norm):
+  predict = helpers.convnet()
+  batch = {"image": helpers.stripes(16), "id": jnp.arange(16)}
+  uap = attacks.universal(0.1, norm=norm, num_steps=4)
+  step = jax.jit(lambda state, batch: uap.step(predict, state, batch))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), "data")
+  spread = jax.device_put(
+    batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  )
+  alone = shared = uap.init(KEY, batch["image"][0])
+  for _ in range(4):
+    alone, _ = step(alone, batch)
+    shared, metrics = step(shared, spread)
+  np.testing.assert_allclose(shared.delta, alone.delta, atol=1e-5)
+  assert metrics["success"].shape == ()
+
+
+def test_the_radius_of_the_published_study():
+  grey = jnp.full((2, 299, 299, 1), 128 / 255)
+  unit = 255 / 128  # the study's images are (x - 128) / 128
+  l2 = threats.share_of_norm(grey, 0.04, norm="l2")
+  assert l2 * unit == pytest.approx(11.96, abs=1e-4)
+  linf = threats.share_of_norm(grey, 0.04, norm="linf")
+  assert linf * unit == pytest.approx(0.04, abs=1e-6)
+  red = jnp.stack([jnp.ones((4, 4)), *[jnp.zeros((4, 4))] * 2], -1)[None]
+  first = threats.share_of_norm(red, 0.5, norm="l2", channels="first")
+  assert first == pytest.approx(2.0)
+  for share in (0.0, -0.1, float("nan")):
+    with pytest.raises(ValueError, match="above 0"):
+      threats.share_of_norm(grey, share, norm="l2")
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_universal_perturbation_fools_and_the_control_does_not(norm):
+  predict = helpers.convnet()
+  batch = {"image": helpers.stripes(32)}
+  eps = 0.06 if norm == "linf" else 0.5
+  crafted, seen = drive(
+    attacks.universal(eps, norm=norm, num_steps=8), predict, batch, 9
+  )
+  control, random = drive(
+    attacks.random_universal(eps, norm=norm, kind="sign"), predict, batch, 2
+  )
+  assert seen[-1]["success"] > random[-1]["success"] + 0.2
+  order = np.inf if norm == "linf" else 2
+  for state in (crafted, control):
+    assert np.linalg.norm(np.ravel(state.delta), order) <= eps * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ball", "sign"])
+def test_a_control_is_the_same_whatever_image_it_is_started_with(kind):
+  control = attacks.random_universal(0.2, kind=kind)
+  starts = [control.init(KEY, jnp.full((4, 4, 3), level)).delta for level in (0.0, 1.0)]
+  np.testing.assert_array_equal(*starts)
+  assert starts[0].min() < 0 < starts[0].max()
+
+
+def test_a_targeted_perturbation_leads_to_its_class():
+  predict, batch = helpers.convnet(), {"image": helpers.stripes(32)}
+  for target in range(3):
+    _, seen = drive(
+      attacks.targeted_universal(0.3, target=target, num_steps=8), predict, batch, 9
+    )
+    assert seen[-1]["success"] > 0.9
+
+
+def test_bad_input_is_refused_before_a_step():
+  predict, image = helpers.convnet(), helpers.stripes(4)
+  for make, message in (
+    (lambda: attacks.universal(-1.0), "eps"),
+    (lambda: attacks.universal(0.1, norm="l3"), "norm"),
+    (lambda: attacks.universal(0.1, num_steps=0), "num_steps"),
+    (lambda: attacks.random_universal(0.1, kind="cube"), "kind"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      make()
+  uap = attacks.targeted_universal(0.1, target=3)
+  state = uap.init(KEY, image[0])
+  with pytest.raises(ValueError, match="outside the model's classes"):
+    uap.step(predict, state, {"image": image})
+  with pytest.raises(TypeError, match="uint8"):
+    uap.step(predict, state, {"image": (255 * image).astype(jnp.uint8)})
+  with pytest.raises(TypeError, match="typed key"):
+    uap.init(jax.random.PRNGKey(0), image[0])
+  with pytest.raises(TypeError, match="float32"):
+    uap.init(KEY, np.zeros((4, 4, 1), np.uint8))
