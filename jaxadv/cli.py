@@ -1,4 +1,4 @@
-"""The command line: `jaxadv attack CONFIG` and `jaxadv train CONFIG`."""
+"""The command line: `jaxadv attack`, `jaxadv uap` and `jaxadv train`."""
 
 import argparse
 import importlib.util
@@ -45,38 +45,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   refused = (experiments.ConfigError, job.JobError, records.RecordError)
   try:
-    return _run(options, job)
+    commands = {"attack": _attack, "train": _train, "uap": _uap}
+    return commands[options.command](options)
   except refused as error:
     return _refuse(str(error))
 
 
-def _run(options, job):
+def _attack(options):
+  from jaxadv import job, report
+
+  run = job.prepare(options.config, **_settings(options))
+  heads, lines = report.table(job.attack(run), intervals=False)
+  _show(heads, lines)
+  return _done(run.folder / "report.html")
+
+
+def _train(options):
+  from jaxadv import victim_job
+
+  run = victim_job.prepare(options.config, **_settings(options))
+  results = victim_job.train_all(run)
+  _show(*victim_job.table(results))
+  if len(results) > 1:
+    return _done(run.folder / "victims")
+  (evaluation,) = results.values()
+  if "classes" in evaluation:
+    _show(*victim_job.class_table(evaluation))
+  return _done(run.folder / "victim" / "results.json")
+
+
+def _uap(options):
+  from jaxadv import universal_job, universal_report
+
+  run = universal_job.prepare(options.config, **_settings(options))
+  _show(*universal_report.table(universal_job.craft(run)))
+  return _done(run.folder / "report.html")
+
+
+def _settings(options):
   from jaxadv import progress
 
-  run = job.prepare(
-    options.config,
-    quick=options.quick,
-    source=options.data,
-    out=options.out,
-    overrides=_overrides(options),
-    progress=progress.terminal if options.progress else progress.silent,
-  )
-  command = job.attack if options.command == "attack" else job.train
-  _show(run, command(run), options.command)
-  return 0
+  return {
+    "quick": options.quick,
+    "source": options.data,
+    "out": options.out,
+    "overrides": _overrides(options),
+    "progress": progress.terminal if options.progress else progress.silent,
+  }
 
 
-def _show(run, results, command):
+def _show(heads, lines):
   from rich import box, console, table
 
-  from jaxadv import report
-
-  if command == "attack":
-    heads, lines = report.table(results, intervals=False)
-  else:
-    heads, lines = ["victim"], [[run.config.name]]
-    heads += [name.replace("_", " ") for name in results]
-    lines[0] += [f"{value:.4g}" for value in results.values()]
   shown = table.Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
   for i, head in enumerate(heads):
     shown.add_column(head, justify="right" if i else "left")
@@ -85,8 +105,11 @@ def _show(run, results, command):
   # A pipe has no width of its own; eighty columns would break the table.
   width = None if sys.stdout.isatty() else 120
   console.Console(width=width).print(shown)
-  name = "report.html" if command == "attack" else "victim/results.json"
-  print(f"results: {(run.folder / name).resolve()}")
+
+
+def _done(place):
+  print(f"results: {place.resolve()}")
+  return 0
 
 
 def _overrides(options) -> dict[str, Any]:
@@ -116,7 +139,8 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   for name, meaning in (
     ("attack", "train the victim or load it, attack it, write the report"),
-    ("train", "train and evaluate the victim only"),
+    ("uap", "craft universal perturbations against classifiers, write the report"),
+    ("train", "train and evaluate the victims of any config, and nothing else"),
   ):
     _add_options(commands.add_parser(name, help=meaning, allow_abbrev=False))
   return parser

@@ -6,26 +6,32 @@ them to float32 in [0, 1]. Whatever is missing, torn or does not fit raises befo
 work starts, `FileNotFoundError` or `ValueError`, and names the file and the remedy.
 """
 
+import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 
 from jaxadv import synthetic
 from jaxadv.pairing import Pairs, pairs
-from jaxadv.sources import Dataset, load_folder, load_npz, load_tfds
+from jaxadv.sources import Dataset, load_folder, load_npz, load_tfds, take
 
 __all__ = [
   "Dataset",
   "Pairs",
   "batches",
+  "hold_out",
   "load",
   "load_folder",
   "load_npz",
   "load_tfds",
+  "members",
   "pairs",
   "phantoms",
+  "resize",
   "resolve",
 ]
 
@@ -132,13 +138,86 @@ def phantoms(
   return _phantoms(range(n), size=size, seed=seed, num_classes=num_classes)
 
 
+def resize(dataset: Dataset, side: int) -> Dataset:
+  """Stretches every image to `side` pixels in each direction (Lanczos).
+
+  Args:
+    dataset: with a class or a label set per image; masks would have to follow.
+    side: in pixels.
+
+  Returns:
+    The same labels; images of the same dtype and range, rounded where they are uint8.
+
+  Raises:
+    ValueError: for masks and a side below 1.
+
+  Example:
+    >>> images = np.full((2, 28, 30, 1), 255, np.uint8)
+    >>> flat = Dataset(images, np.arange(2), np.arange(2), ["x"] * 2, ("a", "b"))
+    >>> resize(flat, 32).images.shape
+    (2, 32, 32, 1)
+  """
+  if dataset.kind == "mask" or side < 1:
+    raise ValueError(
+      f"labels are of kind {dataset.kind!r} and `side` is {side}; resize takes classes "
+      "or label sets, and 1 pixel or more."
+    )
+  images = dataset.images
+  shape = (len(images), *[side] * (images.ndim - 2), images.shape[-1])
+  scale = np.float32(255 if images.dtype == np.uint8 else 1)
+  resized = jax.image.resize(images / scale, shape, "lanczos3").clip(0, 1) * scale
+  resized = np.rint(resized) if images.dtype == np.uint8 else np.asarray(resized)
+  return dataset._replace(images=resized.astype(images.dtype))
+
+
+def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
+  """Sets images aside, the same ones in every run: a share of every class.
+
+  One class per image is what this goes by; of label sets and masks it takes the share
+  as a whole. It knows no patients: where a patient has several images, write a `split`
+  into the pack instead.
+
+  Args:
+    dataset: usually the training part.
+    share: in (0, 1); rounded, but at least one image of every class stays.
+
+  Returns:
+    What stays and what is held out, both in the order of `dataset`.
+
+  Raises:
+    ValueError: for a share outside (0, 1) or so small that nothing is held out.
+
+  Example:
+    >>> kept, held = hold_out(phantoms(10, size=16), 0.2)
+    >>> len(kept.images), len(held.images)
+    (8, 2)
+  """
+  if not 0 < share < 1:
+    raise ValueError(f"the share to hold out is {share}; write one in (0, 1).")
+  groups = dataset.labels if dataset.kind == "class" else np.zeros(len(dataset.images))
+  held = np.zeros(len(groups), bool)
+  for n, group in enumerate(np.unique(groups)):
+    members = np.random.default_rng([n]).permutation(np.flatnonzero(groups == group))
+    held[members[: min(round(share * len(members)), len(members) - 1)]] = True
+  if not held.any():
+    raise ValueError(f"{share} of {len(held)} images is none; hold out a larger share.")
+  return take(dataset, np.flatnonzero(~held)), take(dataset, np.flatnonzero(held))
+
+
 def batches(
-  dataset: Dataset, batch_size: int, *, seed: int | None = None, start: int = 0
+  dataset: Dataset,
+  batch_size: int,
+  *,
+  seed: int | None = None,
+  start: int = 0,
+  balance: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of one shape: one pass in order, or an endless shuffled stream.
 
   With a seed, batch `t` is a function of `(seed, t)` alone, so that training resumes at
-  `start`. Every image comes once before any comes again.
+  `start`. Every image comes once before any comes again. With `balance` the stream
+  holds every class once in each run of K places, and every image of a class once before
+  any of that class again: rare classes are oversampled, none is thinned out.
 
   Args:
     dataset: images and labels.
@@ -146,13 +225,15 @@ def batches(
     seed: of the shuffling; `None` for one pass in order, whose last batch is filled up
       with its last image at weight 0.
     start: number of the first batch.
+    balance: give every class the same share; needs a seed and one class per image.
 
   Yields:
     `image` float32 `(B, ..., C)` in [0, 1], `label` int32 `(B, ...)`, `weight` float32
     `(B,)` and `id` int32 `(B,)`.
 
   Raises:
-    ValueError: for `batch_size` below 1 and a negative `start`.
+    ValueError: for `batch_size` below 1 and a negative `start`; with `balance`, without
+      a seed, for masks and label sets, and for a class without images.
 
   Example:
     >>> [batch["weight"].tolist() for batch in batches(phantoms(3, size=16), 2)]
@@ -162,7 +243,48 @@ def batches(
     raise ValueError(
       f"`batch_size` is {batch_size} and `start` {start}; write 1 and 0."
     )
-  return _stream(dataset, batch_size, seed, start)
+  if balance and seed is None:
+    raise ValueError("`balance` needs an endless stream; write a `seed` too.")
+  if seed is None:
+    return _one_pass(dataset, batch_size, start)
+  if balance:
+    order = functools.partial(_balanced, members(dataset), seed)
+  else:
+    order = functools.partial(_shuffled, len(dataset.images), (seed,))
+  return _endless(dataset, batch_size, start, order)
+
+
+def members(dataset: Dataset) -> list[np.ndarray]:
+  """Where the images of each class are.
+
+  Args:
+    dataset: one class per image.
+
+  Returns:
+    Positions, for each class in order.
+
+  Raises:
+    ValueError: for masks, label sets, and a class without images, by its name.
+
+  Example:
+    >>> images, labels = np.zeros((3, 8, 8, 1)), np.array([1, 0, 1])
+    >>> dataset = Dataset(images, labels, np.arange(3), ["x"] * 3, ("a", "b"))
+    >>> [places.tolist() for places in members(dataset)]
+    [[1], [0, 2]]
+  """
+  if dataset.kind != "class":
+    raise ValueError(
+      f"labels are {dataset.labels.shape}; balance needs one class per image, (N,)."
+    )
+  names = dataset.class_names
+  places = [np.flatnonzero(dataset.labels == k) for k in range(len(names))]
+  missing = [name for name, found in zip(names, places, strict=True) if not len(found)]
+  if missing:
+    raise ValueError(
+      f"no image of class {', '.join(missing)}; leave the class out of `class_names`, "
+      "or add images of it to this split."
+    )
+  return places
 
 
 def _phantom_numbers(split):
@@ -189,30 +311,40 @@ def _phantoms(numbers, *, size, seed, num_classes):
   return Dataset(images, masks, np.array(numbers, np.int64), names, classes)
 
 
-def _stream(dataset, batch_size, seed, start):
+def _one_pass(dataset, batch_size, start):
   total = len(dataset.images)
-  first = start * batch_size
-  while seed is not None or first < total:
+  for first in range(start * batch_size, total, batch_size):
     places = np.arange(first, first + batch_size)
-    weight = np.ones(batch_size) if seed is not None else places < total
-    if seed is None:
-      places = np.minimum(places, total - 1)
-    else:
-      places = _shuffled(total, seed, places)
-    yield _batch(dataset, places, weight)
-    first += batch_size
+    yield _batch(dataset, np.minimum(places, total - 1), places < total)
+
+
+def _endless(dataset, batch_size, start, order):
+  for t in itertools.count(start):
+    places = np.arange(t * batch_size, (t + 1) * batch_size)
+    yield _batch(dataset, order(places), np.ones(batch_size))
 
 
 def _shuffled(total, seed, places):
   """Where the places of an endless stream of reshuffled passes lie in the data set."""
   turns, offsets = np.divmod(places, total)
   orders = {
-    turn: np.random.default_rng([seed, turn]).permutation(total)
+    turn: np.random.default_rng([*seed, turn]).permutation(total)
     for turn in set(turns.tolist())
   }
   return np.array(
-    [orders[turn][k] for turn, k in zip(turns.tolist(), offsets, strict=True)]
+    [orders[turn][k] for turn, k in zip(turns.tolist(), offsets, strict=True)], int
   )
+
+
+def _balanced(classes, seed, places):
+  """As `_shuffled`, with one image of every class in each run of `len(classes)`."""
+  chosen = _shuffled(len(classes), (seed, len(classes)), places)
+  turns = places // len(classes)
+  found = np.empty(len(places), int)
+  for k, images in enumerate(classes):
+    mine = chosen == k
+    found[mine] = images[_shuffled(len(images), (seed, k), turns[mine])]
+  return found
 
 
 def _batch(dataset, places, weight):

@@ -1,7 +1,8 @@
-"""What a config builds: an `Experiment`, and how a config file is read.
+"""What a config builds, and how a config file is read.
 
-A config is a Python file with `get_config(*, quick=False) -> Experiment`. It builds
-its parts (model, optimizer, attacks) itself: no registry, no strings that name
+A config is a Python file with `get_config(*, quick=False)` that returns a `Recipe` (a
+victim to train), an `Experiment` (a victim and attacks) or a `UniversalStudy`. It
+builds its parts (model, optimizer, attacks) itself: no registry, no strings that name
 functions. `quick=True` asks for the same experiment in its smallest sensible form.
 """
 
@@ -12,17 +13,23 @@ import pathlib
 import re
 import runpy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 
 from jaxadv import training
+from jaxadv.engine import Universal
 from jaxadv.types import AttackFn
 
-__all__ = ["Config", "ConfigError", "Experiment", "load_config"]
-
-_COUNTS = ("train_steps", "batch_size", "num_pairs", "attack_batch", "checkpoint_every")
+__all__ = [
+  "Config",
+  "ConfigError",
+  "Experiment",
+  "Recipe",
+  "UniversalStudy",
+  "load_config",
+]
 
 
 class ConfigError(ValueError):
@@ -30,29 +37,83 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
-  """A victim, the data it sees and the attacks it faces.
+class Recipe:
+  """A victim: a model, the data it learns from, and how.
 
   Attributes:
     model: Flax module, `apply(variables, x, train) -> (logits, features)`.
     optimizer: optax transform that trains it.
-    attacks: name to attack, in the order of the report. Each is called with
-      `y = {"label": target masks, "image": target images}`.
+    start: fresh variables to those that training starts from, such as converted weights
+      (`functools.partial(convert.load, path, model, head=False)`, whose third argument
+      they are); `None` starts from the fresh ones.
     data: sources for `jaxadv.data.load`; the first that is found is used, and `None`
       stands for the synthetic phantoms.
-    baseline: the attack that paired ratios refer to; `None` for no ratios.
     train_split: part of the data the victim learns from.
     test_split: part that is attacked.
-    loss: one example's `(logits, label) -> scalar` for training.
+    val_split: part that the victim is selected on, for data that has one.
+    holdout: else the share of the training part that is set aside for that, the same
+      images in every run (`data.hold_out`).
+    side: images are resized to so many pixels a side; `None` leaves them as they are.
+    loss: one example's `(logits, label) -> scalar` for training; `None` for the usual
+      one of masks, classes or label sets.
     augment: one example's `(key, image, label) -> (image, label)`, or `None`.
     train_steps: optimizer steps.
     batch_size: images per optimizer step.
+    balance: oversample rare classes until all come equally often.
+    seed: of the weights, the batches, the pairs and the attacks.
+    checkpoint_every: training steps between checkpoints. With validation images, each
+      checkpoint is scored on them, and the victim is the best one, not the last.
+
+  Raises:
+    ConfigError: for counts below 1, without data, for a share outside [0, 1), two kinds
+      of validation images, and a selection on images that are trained on or attacked.
+  """
+
+  model: Any
+  optimizer: optax.GradientTransformation
+  data: tuple[str | None, ...]
+  start: Callable[[Any], Any] | None = None
+  train_split: str = "train"
+  test_split: str = "test"
+  val_split: str | None = None
+  holdout: float = 0.0
+  side: int | None = None
+  loss: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  augment: training.AugmentFn | None = training.flips
+  train_steps: int = 300
+  batch_size: int = 8
+  balance: bool = False
+  seed: int = 0
+  checkpoint_every: int = 50
+
+  def __post_init__(self) -> None:
+    """Refuses numbers that cannot work."""
+    _check_counts(self, "train_steps", "batch_size", "checkpoint_every")
+    if not self.data:
+      raise ConfigError("`data` is empty; name at least one source.")
+    if not 0 <= self.holdout < 1:
+      raise ConfigError(f"`holdout` is {self.holdout}; write a share in [0, 1).")
+    if self.val_split is not None and self.holdout:
+      raise ConfigError("`val_split` and `holdout` are both set; choose one.")
+    if self.val_split in (self.train_split, self.test_split):
+      raise ConfigError(
+        f"`val_split` is {self.val_split!r}, which is trained on or attacked; write "
+        "another part, or a `holdout`."
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment(Recipe):
+  """A victim that segments, and the attacks it faces on pairs of images.
+
+  Attributes:
+    attacks: name to attack, in the order of the report. Each is called with
+      `y = {"label": target masks, "image": target images}`.
+    baseline: the attack that paired ratios refer to; `None` for no ratios.
     num_pairs: ordered pairs (attacked image, image that lends its mask).
     attack_batch: pairs attacked at once.
     max_initial_iou: pairs whose masks agree more than this are not used.
     threshold: target IoU that counts as success on the stored 8-bit image.
-    seed: of the weights, the batches, the pairs and the attacks.
-    checkpoint_every: training steps between checkpoints.
     gallery: pairs shown per attack.
 
   Raises:
@@ -66,44 +127,78 @@ class Experiment:
     16
   """
 
-  model: Any
-  optimizer: optax.GradientTransformation
   attacks: Mapping[str, AttackFn]
-  data: tuple[str | None, ...]
   baseline: str | None = None
-  train_split: str = "train"
-  test_split: str = "test"
-  loss: Callable[[jax.Array, jax.Array], jax.Array] = training.dice_cross_entropy
-  augment: training.AugmentFn | None = training.flips
-  train_steps: int = 300
-  batch_size: int = 8
   num_pairs: int = 16
   attack_batch: int = 8
   max_initial_iou: float = 0.6
   threshold: float = 0.95
-  seed: int = 0
-  checkpoint_every: int = 50
   gallery: int = 3
 
   def __post_init__(self) -> None:
     """Refuses numbers that cannot work."""
-    for name in _COUNTS:
-      if getattr(self, name) < 1:
-        raise ConfigError(f"`{name}` is {getattr(self, name)}; write 1 or more.")
+    super().__post_init__()
+    _check_counts(self, "num_pairs", "attack_batch")
     for name in ("threshold", "max_initial_iou"):
       if not 0 <= getattr(self, name) <= 1:
         raise ConfigError(
           f"`{name}` is {getattr(self, name)}; write a share in [0, 1]."
         )
-    if not self.attacks or not self.data:
-      raise ConfigError("`attacks` or `data` is empty; name at least one of each.")
-    for name in self.attacks:
-      if not re.fullmatch(r"[\w.+-][\w .+-]*", name):
-        raise ConfigError(f"attack name {name!r}: write letters, digits, ' ', '.+-_'.")
+    _check_names("attacks", self.attacks)
     if self.baseline is not None and self.baseline not in self.attacks:
       raise ConfigError(
         f"`baseline` is {self.baseline!r}; write one of {sorted(self.attacks)}."
       )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniversalStudy:
+  """Victims that classify, and the universal perturbations crafted against each.
+
+  Attributes:
+    victims: name to recipe; all learn from the same data.
+    perturbations: name to `eps -> Universal`, such as
+      `functools.partial(attacks.universal, norm="l2", num_steps=200)`.
+    targeted: `(eps, *, target) -> Universal`, such as
+      `functools.partial(attacks.targeted_universal, norm="l2", num_steps=200)`, or
+      `None`. One compiled step serves all targets.
+    targets: classes it is aimed at, one after another; `None` for every class.
+    norm: of the radius.
+    shares: radii, as shares of the mean norm of the training images.
+    craft_steps: batches seen by each perturbation.
+    craft_batch: images per batch.
+    seed: of the batches and keys of the crafting.
+    checkpoint_every: crafting steps between checkpoints.
+
+  Raises:
+    ConfigError: for counts below 1, shares that are not positive, an empty mapping, a
+      name that makes no folder, targets without an attack that takes them, or victims
+      of different data.
+  """
+
+  victims: Mapping[str, Recipe]
+  perturbations: Mapping[str, Callable[[float], Universal]]
+  targeted: Callable[..., Universal] | None = None
+  targets: tuple[int, ...] | None = None
+  norm: Literal["linf", "l2"] = "l2"
+  shares: tuple[float, ...] = (0.04,)
+  craft_steps: int = 200
+  craft_batch: int = 32
+  seed: int = 0
+  checkpoint_every: int = 50
+
+  def __post_init__(self) -> None:
+    """Refuses numbers that cannot work."""
+    _check_counts(self, "craft_steps", "craft_batch", "checkpoint_every")
+    _check_names("victims", self.victims)
+    if self.perturbations or self.targeted is None:
+      _check_names("perturbations", self.perturbations)
+    if not self.shares or not all(share > 0 for share in self.shares):
+      raise ConfigError(f"`shares` is {self.shares}; write shares above 0, as (0.04,).")
+    if self.targets is not None and self.targeted is None:
+      raise ConfigError(f"`targets` is {self.targets} without `targeted`; write both.")
+    if len({(v.data, v.train_split, v.test_split) for v in self.victims.values()}) > 1:
+      raise ConfigError("`victims` learn from different data; give them one source.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +209,13 @@ class Config:
     name: the file's name without `.py`.
     text: the file.
     code: its statements without comments and docstring, by which two runs are compared.
-    experiment: what `get_config` returned.
+    experiment: a `Recipe`, an `Experiment` or a `UniversalStudy`.
   """
 
   name: str
   text: str
   code: str
-  experiment: Experiment
+  experiment: Any
 
   @property
   def digest(self) -> str:
@@ -151,6 +246,20 @@ def load_config(path: str | pathlib.Path, *, quick: bool = False) -> Config:
   return Config(path.stem, text, _code(tree), _build(path, quick))
 
 
+def _check_counts(config, *names):
+  for name in names:
+    if getattr(config, name) < 1:
+      raise ConfigError(f"`{name}` is {getattr(config, name)}; write 1 or more.")
+
+
+def _check_names(field, mapping):
+  if not mapping:
+    raise ConfigError(f"`{field}` is empty; name at least one.")
+  for name in mapping:
+    if not re.fullmatch(r"[\w.+-][\w .+-]*", name):
+      raise ConfigError(f"{field} has {name!r}; write letters, digits, ' ', '.+-_'.")
+
+
 def _build(path, quick):
   try:
     names = runpy.run_path(str(path), run_name=f"config:{path.stem}")
@@ -159,10 +268,10 @@ def _build(path, quick):
     experiment = names["get_config"](quick=quick)
   except Exception as error:  # a config may fail in any way
     raise ConfigError(f"config {path} failed: {_brief(error)}") from error
-  if not isinstance(experiment, Experiment):
+  if not isinstance(experiment, Recipe | UniversalStudy):
     raise ConfigError(
-      f"get_config in {path} returned {type(experiment).__name__}; "
-      "return a jaxadv.experiments.Experiment."
+      f"get_config in {path} returned {type(experiment).__name__}; return a "
+      "jaxadv.experiments.Recipe, Experiment or UniversalStudy."
     )
   return experiment
 

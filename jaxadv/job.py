@@ -14,9 +14,7 @@ does not depend on where a run was interrupted.
 """
 
 import dataclasses
-import io
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,17 +24,14 @@ import numpy as np
 from PIL import Image
 
 import jaxadv
-from jaxadv import data, records, report, summaries, trials, victims
+from jaxadv import data, records, report, summaries, trials, victim_job, victims
 from jaxadv.experiments import Config, Experiment, load_config
 from jaxadv.progress import Progress, silent
+from jaxadv.victim_job import JobError
 
-__all__ = ["JobError", "Run", "attack", "prepare", "train"]
+__all__ = ["JobError", "Run", "attack", "prepare"]
 
 Variables = dict[str, Any]
-
-
-class JobError(ValueError):
-  """A job that cannot run; the message says why in one line."""
 
 
 class Run(NamedTuple):
@@ -45,24 +40,23 @@ class Run(NamedTuple):
   Attributes:
     config: the file and what it builds.
     experiment: its experiment with the overrides applied.
-    source: the data source in use.
-    train_set: what the victim learns from.
-    test_set: what is attacked.
+    task: the victim, and the data.
     folder: where everything goes.
-    victim: what the trained weights depend on.
     settings: what the rows depend on.
     progress: shows what is done.
   """
 
   config: Config
   experiment: Experiment
-  source: str
-  train_set: data.Dataset
-  test_set: data.Dataset
+  task: victim_job.Task
   folder: pathlib.Path
-  victim: dict[str, Any]
   settings: dict[str, Any]
   progress: Progress
+
+  @property
+  def test_set(self) -> data.Dataset:
+    """What is attacked."""
+    return self.task.parts.test
 
 
 class Victim(NamedTuple):
@@ -108,34 +102,26 @@ def prepare(
     JobError: for data that cannot be found or does not fit.
   """
   config = load_config(config_path, quick=quick)
+  if not isinstance(config.experiment, Experiment):
+    found = type(config.experiment).__name__
+    raise JobError(f"{config_path} returns a {found}; this needs an Experiment.")
   experiment = dataclasses.replace(config.experiment, **(overrides or {}))
-  name, train_set, test_set = _load(experiment, source)
+  parts = victim_job.load(experiment, source)
+  _check_images(parts.test)
   folder = pathlib.Path(out or f"runs/{config.name}{'-quick' if quick else ''}")
-  victim = victims.describe(experiment, train_set)
-  settings = victim | {
+  task = victim_job.plan(experiment, parts, folder / "victim")
+  settings = task.settings | {
     "config": config.code,
     "quick": quick,
     "num_pairs": experiment.num_pairs,
     "attack_batch": experiment.attack_batch,
     "threshold": experiment.threshold,
     "max_initial_iou": experiment.max_initial_iou,
-    "test_data": victims.fingerprint(test_set),
+    "test_data": victims.fingerprint(parts.test),
     "jaxadv": jaxadv.__version__,
     "jax": jax.__version__,
   }
-  return Run(
-    config, experiment, name, train_set, test_set, folder, victim, settings, progress
-  )
-
-
-def train(run: Run) -> dict[str, float]:
-  """Trains the victim and returns its evaluation, also stored as `victim/results.json`.
-
-  Raises:
-    RecordError: when the folder holds another victim, or another run is using it.
-  """
-  with records.lock(run.folder):
-    return _victim(run).evaluation
+  return Run(config, experiment, task, folder, settings, progress)
 
 
 def attack(run: Run) -> dict[str, Any]:
@@ -157,54 +143,18 @@ def attack(run: Run) -> dict[str, Any]:
   return results
 
 
-def _load(experiment, source):
-  candidates = experiment.data if source is None else (source,)
-  try:
-    name = next(filter(None, map(_available, candidates)), None)
-    if name is None:
-      data.resolve(candidates[-1])  # raises, saying where it looked
-    place = None if name == "phantoms" else name
-    train_set = data.load(place, split=experiment.train_split)
-    test_set = data.load(place, split=experiment.test_split)
-  except (OSError, ValueError, KeyError) as error:
-    raise JobError(f"data: {error}") from error
-  _check_images(train_set, test_set)
-  return name, train_set, test_set
-
-
-def _available(source):
-  """The source as `data.load` takes it, or `None` when it is not on this machine."""
-  if source in (None, "phantoms"):
-    return "phantoms"
-  if source.startswith("tfds:"):
-    return source
-  try:
-    return str(data.resolve(source))
-  except FileNotFoundError:
-    return None
-
-
-def _check_images(train_set, test_set):
+def _check_images(test_set):
   shape = test_set.images.shape
   if len(shape) != 4 or shape[-1] not in (1, 3):
     raise JobError(f"test images are {shape}; the job needs (N, H, W, 1 or 3).")
-  if test_set.labels.shape != shape[:-1]:
+  if test_set.kind != "mask":
     raise JobError(f"labels are {test_set.labels.shape}; the job needs one mask each.")
-  if train_set.images.shape[1:] != shape[1:]:
-    raise JobError(f"train images are {train_set.images.shape}, test images {shape}.")
 
 
 def _victim(run):
-  folder, experiment = run.folder / "victim", run.experiment
-  records.check_same_run(folder / "settings.json", run.victim)
-  variables = victims.train(
-    experiment, run.train_set, folder / "checkpoints", progress=run.progress
-  )
-  predict = victims.predictor(experiment.model)
-  masks = victims.predictions(predict, variables, run.test_set.images)
-  evaluation = victims.evaluate(masks, run.test_set)
-  records.write_json(folder / "results.json", evaluation)
-  return Victim(variables, predict, masks, evaluation)
+  victim = victim_job.train(run.task, progress=run.progress)
+  masks = victims.predictions(victim.predict, victim.variables, run.test_set.images)
+  return Victim(victim.variables, victim.predict, masks, victim.evaluation)
 
 
 def _scene(run, victim):
@@ -246,7 +196,7 @@ def _attack_pairs(run, scene, name):
     for numbers in open_batches:
       rows, images = trials.run_batch(scene, program, numbers, size)
       for number, image in zip(numbers, images, strict=True):
-        _save_image(_image_path(run, name, number), image)
+        records.write_atomically(_image_path(run, name, number), report.png(image))
       new = [{"attack": name, **row} for row in rows if row["pair"] not in recorded]
       records.append_rows(run.folder / "rows.csv", new)
       advance(len(numbers), f"IoU {np.mean([row['iou_8bit'] for row in rows]):.3f}")
@@ -289,13 +239,6 @@ def _image_path(run, name, number):
   return run.folder / "images" / name / f"{number:04d}.png"
 
 
-def _save_image(path, image):
-  file = io.BytesIO()
-  pixels = image.squeeze(-1) if image.shape[-1] == 1 else image
-  Image.fromarray(pixels).save(file, "PNG")
-  records.write_atomically(path, file.getvalue())
-
-
 def _read_image(path):
   with Image.open(path) as image:
     pixels = np.asarray(image)
@@ -306,12 +249,12 @@ def _results(run, victim, scene, seconds):
   rows, experiment = _rows(run), run.experiment
   return {
     "name": run.config.name,
-    "source": pathlib.Path(run.source).name,
+    "source": pathlib.Path(run.task.parts.source).name,
     "attacks": summaries.summarize(rows, baseline=experiment.baseline),
     "baseline": experiment.baseline,
     "pairs": len(scene.pairs.source),
     "threshold": experiment.threshold,
-    "victim": victim.evaluation | run.victim,
+    "victim": victim.evaluation | run.task.settings,
     "seed": experiment.seed,
     "wall_seconds": seconds,
     "attack_seconds": sum(row["seconds"] for row in rows),
@@ -321,7 +264,7 @@ def _results(run, victim, scene, seconds):
     "settings": {k: v for k, v in run.settings.items() if k != "config"},
     "versions": summaries.versions(),
     "commit": summaries.commit(pathlib.Path(__file__).parent),
-    "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+    "machine": summaries.machine(),
   }
 
 
@@ -345,7 +288,7 @@ def _panels(run, victim, scene):
       source, target = scene.pairs.source[number], scene.pairs.target[number]
       yield report.Panel(
         rows[name, number],
-        np.rint(255 * scene.images[source]).astype(np.uint8),
+        report.as_bytes(scene.images[source]),
         images[number],
         scene.masks[target],
         scene.masks[source],

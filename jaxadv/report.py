@@ -5,7 +5,6 @@ dark preference, and fits a phone.
 """
 
 import base64
-import importlib.resources
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-__all__ = ["COLUMNS", "Panel", "amplified", "colored", "gallery", "page", "table"]
+__all__ = [
+  "COLUMNS",
+  "Panel",
+  "amplified",
+  "as_bytes",
+  "colored",
+  "data_uri",
+  "gallery",
+  "page",
+  "png",
+  "render",
+  "table",
+]
 
 # Column of the rows -> heading and digits, in the order of the tables.
 COLUMNS = {
@@ -153,15 +164,9 @@ def page(
   Returns:
     HTML text without any external resource.
   """
-  import jinja2
-
-  source = importlib.resources.files("jaxadv").joinpath("report.html.jinja").read_text()
-  environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-  )
-  environment.filters["number"] = _number
   heads, lines = table(results)
-  return environment.from_string(source).render(
+  return render(
+    "report.html.jinja",
     results=results,
     heads=heads,
     lines=lines,
@@ -169,6 +174,20 @@ def page(
     rows=rows,
     titles=TITLES,
   )
+
+
+def render(template: str, **values: Any) -> str:
+  """One of the package's templates as a page; a name it lacks is an error."""
+  import jinja2
+
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("jaxadv", "."),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+  )
+  environment.filters["number"] = _number
+  return environment.get_template(template).render(**values)
 
 
 def _pictures(panel):
@@ -186,7 +205,7 @@ def _groups(panels):
       f"target IoU {panel.row['initial_iou']:.2f}",
       f"target IoU {panel.row['iou_8bit']:.2f}",
     )
-    shown = zip(TITLES, map(_data_uri, pictures), notes, strict=True)
+    shown = zip(TITLES, map(data_uri, pictures), notes, strict=True)
     groups.setdefault(panel.row["attack"], []).append(
       {"pair": panel.row["pair"], "pictures": list(shown)}
     )
@@ -197,11 +216,27 @@ def _distortion(row):
   return f"L2 {row['l2_8bit']:.2f}, Linf {row['linf_8bit']:.3f}"
 
 
-def _data_uri(picture):
+def data_uri(picture: np.ndarray) -> str:
+  """A picture `(H, W, 1 or 3)` uint8 as an embedded PNG."""
+  return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
+
+
+def png(picture: np.ndarray) -> bytes:
+  """A picture `(H, W, 1 or 3)` uint8 as a PNG file."""
   file = io.BytesIO()
   picture = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
   Image.fromarray(picture).save(file, "PNG", optimize=True)
-  return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+  return file.getvalue()
+
+
+def as_bytes(image: np.ndarray) -> np.ndarray:
+  """An image in [0, 1] as uint8.
+
+  Example:
+    >>> as_bytes(np.array([0.0, 0.5, 1.0])).tolist()
+    [0, 128, 255]
+  """
+  return np.rint(255 * image).astype(np.uint8)
 
 
 def _figure_png(figure):

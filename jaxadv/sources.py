@@ -8,12 +8,12 @@ import os
 import pathlib
 import zipfile
 import zlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["Dataset", "load_folder", "load_npz", "load_tfds"]
+__all__ = ["Dataset", "load_folder", "load_npz", "load_tfds", "take"]
 
 _SUFFIXES = ("", "_mask", "_segmentation", "_Segmentation")
 _TFDS_LABELS = ("segmentation_mask", "mask", "label")
@@ -36,6 +36,13 @@ class Dataset(NamedTuple):
   ids: np.ndarray
   names: list[str]
   class_names: tuple[str, ...]
+
+  @property
+  def kind(self) -> Literal["class", "set", "mask"]:
+    """What a label is: one class, 0 or 1 for each of L findings, or a mask."""
+    if self.labels.ndim == 1:
+      return "class"
+    return "set" if self.labels.ndim == 2 else "mask"
 
 
 def load_npz(path: str | os.PathLike, *, split: str | None = None) -> Dataset:
@@ -69,7 +76,7 @@ def load_npz(path: str | os.PathLike, *, split: str | None = None) -> Dataset:
   images, labels = _pack_arrays(path, arrays)
   names = arrays.get("ids", np.arange(len(images))).astype(str).tolist()
   dataset = _dataset(path, images, labels, names, arrays.get("class_names"))
-  return _take(dataset, _select(path, len(images), split, arrays.get("split")))
+  return take(dataset, _select(path, len(images), split, arrays.get("split")))
 
 
 def load_folder(
@@ -104,7 +111,7 @@ def load_folder(
   mask_array = _as_classes(path, _stack(partners, labels))
   stacked = _stack(list(files.values()), images)
   dataset = _dataset(path, stacked, mask_array, names, None)
-  return _take(dataset, _select(path, len(names), split, None))
+  return take(dataset, _select(path, len(names), split, None))
 
 
 def load_tfds(
@@ -145,6 +152,17 @@ def load_tfds(
   except NotImplementedError as error:
     raise ValueError(f"TFDS data set {name!r}: {error}") from error
   return _from_records(name, records, builder.info.features)
+
+
+def take(dataset: Dataset, places: np.ndarray) -> Dataset:
+  """The images at some places, with all that belongs to them."""
+  return Dataset(
+    dataset.images[places],
+    dataset.labels[places],
+    dataset.ids[places],
+    [dataset.names[place] for place in places],
+    dataset.class_names,
+  )
 
 
 def _pack_arrays(path, arrays):
@@ -318,13 +336,3 @@ def _select(place, total, split, words):
     known = "too few images to split" if words is None else ", ".join(np.unique(words))
     raise ValueError(f"{place} has no image in split {split!r}; it has {known}.")
   return chosen
-
-
-def _take(dataset, places):
-  return Dataset(
-    dataset.images[places],
-    dataset.labels[places],
-    dataset.ids[places],
-    [dataset.names[place] for place in places],
-    dataset.class_names,
-  )

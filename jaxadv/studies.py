@@ -1,11 +1,21 @@
-"""Sets of attacks that are compared with each other, at equal numbers of gradients."""
+"""What several configs share: attacks that are compared, networks that are attacked."""
 
 import functools
+from typing import Any
 
-from jaxadv import attacks, line_search, threats, types
+import optax
+
+from jaxadv import attacks, augment, line_search, models, threats, types
+from jaxadv.experiments import Recipe, UniversalStudy
 from jaxadv.types import AttackFn
 
-__all__ = ["UNET_SCALES", "minimum_distortion"]
+__all__ = [
+  "UNET_SCALES",
+  "minimum_distortion",
+  "seven_architectures",
+  "stepped_sgd",
+  "universal_grid",
+]
 
 # The mask and nine features of our U-Net: MSA weighs each by one gradient.
 UNET_SCALES = 10
@@ -49,3 +59,114 @@ def minimum_distortion(
     "msa": attacks.msa(num_steps=gradients - UNET_SCALES, threshold=threshold),
     "mafl": attacks.mafl(num_steps=gradients, threshold=threshold),
   }
+
+
+def stepped_sgd(
+  train_steps: int, *, learning_rate: float = 1e-3
+) -> optax.GradientTransformation:
+  """SGD with Nesterov momentum 0.9, as victims of universal perturbations were trained.
+
+  The rate falls to a tenth after 80 % of the steps and to a hundredth after 90 %: the
+  published epochs 1 to 40, 41 to 45 and 46 to 50.
+
+  Args:
+    train_steps: steps in all.
+    learning_rate: the first one. The published 1e-3 fine-tunes ImageNet weights; a
+      network that starts from nothing needs more.
+
+  Returns:
+    An optax transform.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> tx = stepped_sgd(10)
+    >>> print(tx.update(jnp.ones(()), tx.init(jnp.ones(())))[0].round(6))
+    -0.0019
+
+  Differs from the released code: without its decay of 1e-6 per step, about 1 % in all.
+  Reference: Hirano et al., BMC Medical Imaging 21:9 (2021).
+  """
+  falls = {round(0.8 * train_steps): 0.1, round(0.9 * train_steps): 0.1}
+  schedule = optax.piecewise_constant_schedule(learning_rate, falls)
+  return optax.sgd(schedule, momentum=0.9, nesterov=True)
+
+
+def seven_architectures(num_classes: int, *, width: float = 0.25) -> dict[str, Any]:
+  """The networks of the study of universal perturbations, small and with batch norm.
+
+  Args:
+    num_classes: K.
+    width: factor on all channels.
+
+  Returns:
+    Name to Flax module; all take sides of 32 pixels or more.
+
+  Example:
+    >>> len(seven_architectures(3))
+    7
+
+  Differs from the study, which fine-tunes ImageNet weights at 299 pixels: VGG learns
+  nothing from a few hundred images without a norm, and the Inceptions need 75 pixels
+  without padding.
+  Reference: Hirano et al., BMC Medical Imaging 21:9 (2021).
+  """
+  options: dict[str, Any] = {"num_classes": num_classes, "width": width}
+  return {
+    "vgg16": models.vgg16(norm="batch", **options),
+    "vgg19": models.vgg19(norm="batch", **options),
+    "resnet50": models.resnet50(**options),
+    "inception_v3": models.InceptionV3(padding="SAME", **options),
+    "densenet121": models.densenet121(**options),
+    "densenet169": models.densenet169(**options),
+    "inception_resnet_v2": models.InceptionResNetV2(padding="SAME", **options),
+  }
+
+
+def universal_grid(
+  num_classes: int,
+  source: str,
+  *,
+  quick: bool = False,
+  train_steps: int = 300,
+  craft_steps: int = 100,
+  learning_rate: float = 0.05,
+  **recipe: Any,
+) -> UniversalStudy:
+  """Seven architectures, perturbations of any class and towards each, three radii.
+
+  Args:
+    num_classes: K.
+    source: data of all victims.
+    quick: one victim, one target and one radius.
+    train_steps: of each victim.
+    craft_steps: batches of 32 images per perturbation.
+    learning_rate: of the victims; see `stepped_sgd`.
+    **recipe: other fields of each `Recipe`.
+
+  Returns:
+    The study: 2, 4 and 8 % of the mean L2 norm.
+
+  Example:
+    >>> study = universal_grid(3, "cells.npz")
+    >>> len(study.victims), study.shares
+    (7, (0.02, 0.04, 0.08))
+  """
+  if quick:
+    train_steps, craft_steps = 20, 6
+  networks = seven_architectures(num_classes, width=0.125 if quick else 0.25)
+  recipe |= {"train_steps": train_steps, "batch_size": 32, "data": (source,)}
+  recipe["optimizer"] = stepped_sgd(train_steps, learning_rate=learning_rate)
+  recipe.setdefault("augment", augment.affine())
+  crafting: dict[str, Any] = {"norm": "l2", "num_steps": craft_steps}
+  return UniversalStudy(
+    victims={
+      name: Recipe(model=model, **recipe)
+      for name, model in list(networks.items())[: 1 if quick else None]
+    },
+    perturbations={"universal": functools.partial(attacks.universal, **crafting)},
+    targeted=functools.partial(attacks.targeted_universal, **crafting),
+    targets=(0,) if quick else None,
+    norm="l2",
+    shares=(0.04,) if quick else (0.02, 0.04, 0.08),
+    craft_steps=craft_steps,
+  )

@@ -4,10 +4,12 @@ import importlib.metadata
 import math
 import operator
 import pathlib
+import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 import jaxadv
@@ -17,6 +19,7 @@ __all__ = [
   "commit",
   "differences",
   "interval",
+  "machine",
   "ratios",
   "summarize",
   "versions",
@@ -121,6 +124,11 @@ def versions() -> dict[str, str]:
   """Versions of what the numbers depend on."""
   others = {name: importlib.metadata.version(name) for name in _PACKAGES}
   return {"jaxadv": jaxadv.__version__} | others
+
+
+def machine() -> str:
+  """Processor and device that the numbers were made on."""
+  return f"{platform.machine()}, {jax.devices()[0].device_kind}"
 
 
 def commit(folder: pathlib.Path) -> str | None:

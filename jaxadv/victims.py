@@ -2,6 +2,9 @@
 
 Works with any object that has Flax's `init(key, x)` and
 `apply(variables, x, train=..., mutable=...)`; Flax itself is not imported.
+
+With validation images the checkpoint carries the best variables so far beside the
+current ones: whatever moment a run is killed at, it goes on to the same choice.
 """
 
 import functools
@@ -9,28 +12,60 @@ import hashlib
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import checkpoints, data, loops, masks, metrics, training
-from jaxadv.experiments import Experiment
+from jaxadv import checkpoints, data, loops, masks, metrics, scores, training
+from jaxadv.experiments import Recipe
 from jaxadv.progress import Progress, silent
 
 __all__ = [
+  "SCORES",
+  "Trained",
   "as_float",
+  "assess",
   "describe",
   "evaluate",
   "fingerprint",
   "flax_apply",
+  "output_shape",
   "predictions",
   "predictor",
   "train",
 ]
 
 Variables = dict[str, Any]
+# By the kind of label: the score that selects a victim, and the loss it learns by.
+SCORES = {"mask": "iou", "class": "balanced_accuracy", "set": "auroc"}
+_LOSSES = {
+  "mask": training.dice_cross_entropy,
+  "class": training.cross_entropy,
+  "set": training.binary_cross_entropy,
+}
+
+
+class Trained(NamedTuple):
+  """A victim, and the training step it is from.
+
+  Attributes:
+    variables: of the Flax module.
+    step: int32, steps taken.
+    score: float32, on the validation images; `-inf` without any.
+  """
+
+  variables: Variables
+  step: jax.Array
+  score: jax.Array
+
+
+class _State(NamedTuple):
+  """What a checkpoint holds; `best` is `None` without validation images."""
+
+  train: training.TrainState
+  best: Trained | None
 
 
 def flax_apply(model: Any) -> training.ApplyFn:
@@ -50,60 +85,90 @@ def flax_apply(model: Any) -> training.ApplyFn:
   return apply
 
 
-def describe(experiment: Experiment, dataset: data.Dataset) -> dict[str, Any]:
+def describe(
+  recipe: Recipe, dataset: data.Dataset, validation: data.Dataset | None = None
+) -> dict[str, Any]:
   """What the trained weights depend on: two equal descriptions, one victim.
 
   Args:
-    experiment: the settings.
+    recipe: the settings.
     dataset: what the victim is trained on.
+    validation: what it is selected on.
 
   Returns:
-    A flat dict of JSON values. The optimizer, a pair of closures, is described by a
-    hash of the program it traces to.
+    A flat dict of JSON values. Optimizer, loss and augmentation, which are closures,
+    are described by a hash of the program they trace to.
   """
+  image, label = jnp.zeros(dataset.images.shape[1:]), jnp.asarray(dataset.labels[0])
+  logits = jnp.zeros(output_shape(recipe.model, dataset)[1:])
+  augment = recipe.augment
   return {
-    "model": _without_addresses(experiment.model),
-    "optimizer": _program(experiment, dataset),
-    "loss": getattr(experiment.loss, "__qualname__", repr(experiment.loss)),
-    "augment": getattr(experiment.augment, "__qualname__", repr(experiment.augment)),
-    "train_steps": experiment.train_steps,
-    "batch_size": experiment.batch_size,
-    "seed": experiment.seed,
+    "model": _without_addresses(recipe.model),
+    "start": recipe.start and _started(recipe, dataset),
+    "optimizer": _program(recipe, dataset),
+    "loss": _traced(_loss(recipe, dataset), logits, label),
+    "augment": augment and _traced(augment, jax.random.key(0), image, label),
+    "train_steps": recipe.train_steps,
+    "batch_size": recipe.batch_size,
+    "balance": recipe.balance,
+    "seed": recipe.seed,
     "train_data": fingerprint(dataset),
+    # Only checkpoints are candidates, so their spacing decides with the images.
+    "selected_on": validation
+    and f"{fingerprint(validation)} every {recipe.checkpoint_every} steps",
   }
 
 
+def output_shape(model: Any, dataset: data.Dataset) -> tuple[int, ...]:
+  """Shape of the logits for one image of `dataset`, `(1, ..., K)`; nothing is computed.
+
+  Raises:
+    ValueError: from a model that cannot take the images.
+  """
+
+  def run(key):
+    image = _example(dataset)
+    return _logits(model.apply(model.init(key, image), image, train=False))
+
+  return jax.eval_shape(run, jax.random.key(0)).shape
+
+
 def train(
-  experiment: Experiment,
+  recipe: Recipe,
   dataset: data.Dataset,
   folder: pathlib.Path,
   *,
+  validation: data.Dataset | None = None,
   progress: Progress = silent,
-) -> Variables:
+) -> Trained:
   """Trains the victim, or goes on from its last checkpoint, or just reads it.
 
   Args:
-    experiment: the settings.
+    recipe: the settings.
     dataset: training part, images `(N, H, W, C)`.
     folder: of the checkpoints.
+    validation: images on which every checkpoint is scored, by mean IoU of masks,
+      balanced accuracy of classes, mean AUROC of label sets. The victim is the
+      checkpoint that scores best, of equal ones the last. Never the test part: the
+      published code selects there, and its clean accuracies are flattered by it.
     progress: shows the steps.
 
   Returns:
-    The variables of the Flax module.
+    The best checkpoint; the last one without validation images.
 
   Raises:
-    ValueError: for a torn checkpoint, or one of another model.
+    ValueError: for a torn checkpoint, or one of another model; with `recipe.balance`,
+      for labels that cannot be balanced.
   """
   done = checkpoints.latest(folder)
-  start = functools.partial(_start, experiment, dataset)
+  start = functools.partial(_start, recipe, dataset, validation is not None)
   if done is None:
     state = jax.jit(start)()
   else:
     state = checkpoints.restore(folder, jax.eval_shape(start))
-  left = experiment.train_steps - (done or 0)
-  if left > 0:
-    state = _fit(experiment, dataset, folder, state, left, progress)
-  return {"params": state.params, **state.extra}
+  if (done or 0) < recipe.train_steps:
+    state = _fit(recipe, dataset, validation, folder, state, done or 0, progress)
+  return state.best or _trained(state.train)
 
 
 def predictor(model: Any) -> Callable[[Variables, jax.Array], Any]:
@@ -118,7 +183,7 @@ def predictions(
   *,
   batch_size: int = 8,
 ) -> np.ndarray:
-  """The decided mask of every image.
+  """The decided class of every image, or of each of its pixels.
 
   Args:
     predict: from `predictor`.
@@ -127,15 +192,38 @@ def predictions(
     batch_size: images per model call; the last batch is filled up.
 
   Returns:
-    `(N, H, W)` int32.
+    `(N,)` or `(N, H, W)` int32.
   """
-  masks = []
-  for start in range(0, len(images), batch_size):
-    batch = as_float(images[start : start + batch_size])
-    missing = batch_size - len(batch)
-    filled = np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
-    masks.append(np.asarray(_decide(predict, variables, filled))[: len(batch)])
-  return np.concatenate(masks)
+  call = functools.partial(_decide, predict, variables)
+  return _over_batches(call, images, batch_size)
+
+
+def assess(
+  predict: Callable[[Variables, jax.Array], Any],
+  variables: Variables,
+  dataset: data.Dataset,
+  *,
+  batch_size: int = 32,
+) -> dict[str, Any]:
+  """How good a victim is on labelled images, by the kind of their labels.
+
+  Args:
+    predict: from `predictor`.
+    variables: of the module.
+    dataset: what it is judged on.
+    batch_size: images per model call.
+
+  Returns:
+    For masks what `evaluate` gives, for classes `scores.classification`, for label sets
+    `scores.label_sets`.
+  """
+  if dataset.kind == "mask":
+    decided = predictions(predict, variables, dataset.images, batch_size=8)
+    return evaluate(decided, dataset)
+  call = functools.partial(_answer, predict, variables)
+  logits = _over_batches(call, dataset.images, batch_size)
+  report = scores.label_sets if dataset.kind == "set" else scores.classification
+  return report(logits, dataset.labels, dataset.class_names)
 
 
 def as_float(images: np.ndarray) -> np.ndarray:
@@ -169,54 +257,119 @@ def evaluate(prediction: np.ndarray, dataset: data.Dataset) -> dict[str, float]:
   return means | {"images": len(prediction)}
 
 
+def _over_batches(call, images, batch_size):
+  found = []
+  for start in range(0, len(images), batch_size):
+    batch = as_float(images[start : start + batch_size])
+    missing = batch_size - len(batch)
+    filled = np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
+    found.append(np.asarray(call(filled))[: len(batch)])
+  return np.concatenate(found)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _decide(predict, variables, images):
   return jnp.argmax(_logits(predict(variables, images)), -1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answer(predict, variables, images):
+  return _logits(predict(variables, images))
 
 
 def _logits(out):
   return out[0] if isinstance(out, tuple) else out
 
 
-def _start(experiment, dataset):
-  key = jax.random.key(experiment.seed)
-  variables = dict(experiment.model.init(key, _example(dataset)))
+def _loss(recipe, dataset):
+  return recipe.loss or _LOSSES[dataset.kind]
+
+
+def _start(recipe, dataset, selects):
+  key = jax.random.key(recipe.seed)
+  variables = recipe.model.init(key, _example(dataset))
+  if recipe.start is not None:
+    variables = recipe.start(variables)
+  variables = dict(variables)
   params = variables.pop("params")
-  return training.init_state(key, params, variables, experiment.optimizer)
+  state = training.init_state(key, params, variables, recipe.optimizer)
+  return _State(state, _trained(state) if selects else None)
+
+
+def _trained(state, score=-jnp.inf):
+  variables = {"params": state.params, **state.extra}
+  return Trained(variables, state.step, jnp.float32(score))
 
 
 def _example(dataset):
   return jnp.zeros((1, *dataset.images.shape[1:]))
 
 
-def _fit(experiment, dataset, folder, state, left, progress):
-  total, done = experiment.train_steps, experiment.train_steps - left
+def _fit(recipe, dataset, validation, folder, state, done, progress):
+  """From checkpoint to checkpoint, so that a choice is stored with what it is among."""
   step = training.train_step(
-    flax_apply(experiment.model),
-    experiment.optimizer,
-    experiment.loss,
-    augment=experiment.augment,
+    flax_apply(recipe.model),
+    recipe.optimizer,
+    _loss(recipe, dataset),
+    augment=recipe.augment,
   )
+  step, predict = jax.jit(step), predictor(recipe.model)
   batches = data.batches(
-    dataset, experiment.batch_size, seed=experiment.seed, start=done
+    dataset, recipe.batch_size, seed=recipe.seed, start=done, balance=recipe.balance
   )
+  total, every = recipe.train_steps, recipe.checkpoint_every
   with progress("training", total, done) as advance:
+    while done < total:
+      count = min(every - done % every, total - done)
+      on_step = functools.partial(_show, advance, state.best)
+      last = loops.fit(step, state.train, batches, num_steps=count, on_step=on_step)
+      state = _State(last, _better(state.best, last, predict, validation))
+      done += count
+      checkpoints.save(folder, state, step=done)
+  return state
 
-    def on_step(n, state, metrics):
-      advance(1, f"loss {float(metrics['loss']):.3f}")
-      if (done + n) % experiment.checkpoint_every == 0 or n == left:
-        checkpoints.save(folder, state, step=done + n)
 
-    return loops.fit(jax.jit(step), state, batches, num_steps=left, on_step=on_step)
+def _show(advance, best, n, state, metrics):
+  del n, state
+  note = f"loss {float(metrics['loss']):.3f}"
+  if best is not None and best.step:
+    note += f", best {float(best.score):.3f} at {int(best.step)}"
+  advance(1, note)
 
 
-def _program(experiment, dataset):
+def _better(best, state, predict, validation):
+  """The best so far, or the state where it scores as well: it has learned longer."""
+  if best is None:
+    return None
+  found = assess(predict, _trained(state).variables, validation)
+  score = found[SCORES[validation.kind]]
+  now = _trained(state, -jnp.inf if score is None else score)
+  return now if now.score >= best.score else best
+
+
+def _program(recipe, dataset):
   """Hash of the update's program, where learning rates and schedules are literals."""
   example = jax.eval_shape(lambda: _example(dataset))
-  params = jax.eval_shape(experiment.model.init, jax.random.key(0), example)["params"]
-  state = jax.eval_shape(experiment.optimizer.init, params)
-  program = jax.make_jaxpr(experiment.optimizer.update)(params, state, params)
+  params = jax.eval_shape(recipe.model.init, jax.random.key(0), example)["params"]
+  state = jax.eval_shape(recipe.optimizer.init, params)
+  program = jax.make_jaxpr(recipe.optimizer.update)(params, state, params)
   return hashlib.sha256(_without_addresses(program).encode()).hexdigest()[:12]
+
+
+def _traced(function, *arguments):
+  """Name of a function and hash of its program, in which its numbers are literals."""
+  name = getattr(function, "__qualname__", type(function).__name__)
+  program = _without_addresses(jax.make_jaxpr(function)(*arguments))
+  return f"{name} {hashlib.sha256(program.encode()).hexdigest()[:12]}"
+
+
+def _started(recipe, dataset):
+  """Hash of what training starts from, wherever its file lies."""
+  state = jax.jit(functools.partial(_start, recipe, dataset, False))()
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves((state.train.params, state.train.extra)):
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()[:12]
 
 
 def _without_addresses(value):

@@ -22,17 +22,26 @@ def get_config(*, quick=False):  # a comment
 
 def test_there_is_a_config_per_paper():
   names = {path.stem for path in CONFIGS}
-  assert {"demo", "msa_optic_disc", "mafl_nuclei", "asma_polyp"} <= names
+  papers = {"msa_optic_disc", "mafl_nuclei", "asma_polyp", "smia_nuclei", "uap_blood"}
+  assert {"demo", *papers} <= names
+
+
+def recipes(config):
+  built = config.experiment
+  several = isinstance(built, experiments.UniversalStudy)
+  return list(built.victims.values()) if several else [built]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_builds_and_says_what_it_is(path):
   full = experiments.load_config(path)
   quick = experiments.load_config(path, quick=True)
-  assert quick.experiment.num_pairs <= full.experiment.num_pairs
-  assert quick.experiment.train_steps < full.experiment.train_steps
+  for small, large in zip(recipes(quick), recipes(full), strict=False):
+    assert small.train_steps < large.train_steps
   assert quick.digest == full.digest
-  assert full.experiment.baseline in full.experiment.attacks
+  if isinstance(full.experiment, experiments.Experiment):
+    assert quick.experiment.num_pairs <= full.experiment.num_pairs
+    assert full.experiment.baseline in full.experiment.attacks
   for word in ("Paper:", "Data:", "Expected:", "Time:"):
     assert word in full.text
 
@@ -76,8 +85,11 @@ def test_bad_configs_are_refused_in_one_line(tmp_path, text, message):
   [
     ("train_steps", 0, "write 1 or more"),
     ("threshold", 1.5, r"write a share in \[0, 1\]"),
+    ("holdout", 1.0, r"write a share in \[0, 1\)"),
+    ("val_split", "test", "which is trained on or attacked"),
+    ("val_split", "train", "which is trained on or attacked"),
     ("attacks", {}, "name at least one"),
-    ("attacks", {"a/b": combine.identity}, "attack name 'a/b'"),
+    ("attacks", {"a/b": combine.identity}, "attacks has 'a/b'"),
     ("baseline", "other", "write one of .'none'."),
   ],
 )
@@ -90,3 +102,14 @@ def test_numbers_that_cannot_work_are_refused(field, value, message):
   )
   with pytest.raises(experiments.ConfigError, match=message):
     dataclasses.replace(fine, **{field: value})
+
+
+def test_two_kinds_of_validation_images_are_refused():
+  with pytest.raises(experiments.ConfigError, match="both set; choose one"):
+    experiments.Recipe(
+      model=None,
+      optimizer=optax.sgd(1.0),
+      data=(None,),
+      val_split="val",
+      holdout=0.1,
+    )

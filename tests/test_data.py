@@ -351,3 +351,92 @@ def test_batches_refuses_sizes_before_the_first_batch():
     data.batches(_numbered(5), 0)
   with pytest.raises(ValueError, match="`start` -1"):
     data.batches(_numbered(5), 2, start=-1)
+
+
+def _classes(counts, names=None):
+  labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+  labels = np.random.default_rng(0).permutation(labels)
+  n = len(labels)
+  images = np.zeros((n, 2, 2, 1), np.uint8)
+  names = names or tuple(f"c{k}" for k in range(len(counts)))
+  return data.Dataset(images, labels, np.arange(n) + 100, ["x"] * n, names)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_balanced_batches_hold_every_class_as_often(size):
+  """Each class once in every run of K; of a class, every image before any again."""
+  dataset = _classes([1, 4, 9])
+  got = list(itertools.islice(data.batches(dataset, size, seed=3, balance=True), 24))
+  labels = np.concatenate([batch["label"] for batch in got])
+  ids = np.concatenate([batch["id"] for batch in got])
+  assert (np.sort(labels.reshape(-1, 3), 1) == np.arange(3)).all()
+  for k, count in enumerate([1, 4, 9]):
+    mine = ids[labels == k]
+    passes = mine[: len(mine) // count * count].reshape(-1, count)
+    want = dataset.ids[dataset.labels == k]
+    assert len(passes) >= 2
+    assert (np.sort(passes, 1) == want).all()
+  runs = labels.reshape(-1, 3)
+  assert (runs != runs[0]).any()
+
+
+def test_balanced_batches_resume_anywhere():
+  dataset = _classes([2, 5])
+  whole = list(itertools.islice(data.batches(dataset, 3, seed=1, balance=True), 9))
+  rest = data.batches(dataset, 3, seed=1, balance=True, start=6)
+  for a, b in zip(whole[6:], rest, strict=False):
+    np.testing.assert_array_equal(a["id"], b["id"])
+  other = next(data.batches(dataset, 14, seed=2, balance=True))["id"]
+  assert (other != np.concatenate([b["id"] for b in whole])[:14]).any()
+
+
+def test_what_cannot_be_balanced_is_refused_before_the_first_batch():
+  with pytest.raises(ValueError, match=r"no image of class b, d; .* or add images"):
+    data.batches(_classes([2, 0, 1, 0], tuple("abcd")), 2, seed=0, balance=True)
+  with pytest.raises(ValueError, match=r"\(5, 2, 2\); balance needs one class per"):
+    data.batches(_numbered(5), 2, seed=0, balance=True)
+  with pytest.raises(ValueError, match="write a `seed` too"):
+    data.batches(_classes([2, 2]), 2, balance=True)
+
+
+def test_a_share_of_every_class_is_held_out():
+  dataset = _classes([1, 10, 40])
+  kept, held = data.hold_out(dataset, 0.2)
+  assert np.bincount(held.labels, minlength=3).tolist() == [0, 2, 8]
+  assert np.bincount(kept.labels).tolist() == [1, 8, 32]
+  assert sorted([*kept.ids, *held.ids]) == dataset.ids.tolist()
+  assert (np.diff(kept.ids) > 0).all()
+  again = data.hold_out(dataset, 0.2)[1]
+  np.testing.assert_array_equal(held.ids, again.ids)
+  masks = data.hold_out(_numbered(10), 0.3)
+  assert [len(part.images) for part in masks] == [7, 3]
+
+
+def test_shares_that_hold_nothing_out_are_refused():
+  with pytest.raises(ValueError, match=r"is 1\.0; write one in \(0, 1\)"):
+    data.hold_out(_numbered(5), 1.0)
+  with pytest.raises(ValueError, match=r"0\.01 of 20 images is none"):
+    data.hold_out(_classes([10, 10]), 0.01)
+
+
+def test_resizing_keeps_range_dtype_and_labels():
+  rng = np.random.default_rng(0)
+  labels, ids = np.arange(3), np.arange(3)
+  images = rng.integers(0, 256, (3, 20, 28, 1)).astype(np.uint8)
+  stored = data.Dataset(images, labels, ids, ["x"] * 3, ("a", "b", "c"))
+  small = data.resize(stored, 7)
+  assert small.images.shape == (3, 7, 7, 1)
+  assert small.images.dtype == np.uint8
+  assert small.labels is labels
+  scaled = data.resize(stored._replace(images=(images / np.float32(255))), 7)
+  assert scaled.images.dtype == np.float32
+  assert 0 <= scaled.images.min() < scaled.images.max() <= 1
+  np.testing.assert_allclose(scaled.images, small.images / 255, atol=0.5 / 255 + 1e-6)
+  # a second implementation of the same filter
+  theirs = Image.fromarray(images[0, ..., 0]).resize((7, 7), Image.Resampling.LANCZOS)
+  difference = np.abs(np.asarray(theirs, float) - small.images[0, ..., 0])
+  assert difference.max() <= 1
+  with pytest.raises(ValueError, match="labels are of kind 'mask'"):
+    data.resize(data.phantoms(1, size=16), 8)
+  with pytest.raises(ValueError, match="`side` is 0"):
+    data.resize(stored, 0)

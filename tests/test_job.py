@@ -207,23 +207,23 @@ def test_another_run_in_the_folder_is_refused(finished, discs, tmp_path):
   with pytest.raises(records.RecordError, match="seed was 0, is 1"):
     job.attack(job.prepare(other, out=folder, overrides={"seed": 1}))
   with pytest.raises(records.RecordError, match="train_steps was 24, is 5"):
-    job.train(job.prepare(other, out=folder, overrides={"train_steps": 5}))
+    job.attack(job.prepare(other, out=folder, overrides={"train_steps": 5}))
 
 
 def test_a_changed_optimizer_is_another_victim(config):
   text = config.read_text()
-  settings = job.prepare(config).victim
+  settings = job.prepare(config).task.settings
   config.write_text(text.replace("adam(1e-2)", "adam(2e-2)"))
-  changed = job.prepare(config).victim
+  changed = job.prepare(config).task.settings
   config.write_text(text)
   assert {k for k in settings if settings[k] != changed[k]} == {"optimizer"}
-  assert job.prepare(config).victim == settings
+  assert job.prepare(config).task.settings == settings
 
 
 def test_two_runs_cannot_share_a_folder(config, tmp_path):
   run = job.prepare(config, out=tmp_path)
   with records.lock(tmp_path), pytest.raises(records.RecordError, match="another run"):
-    job.train(run)
+    job.attack(run)
 
 
 def test_rows_of_other_pairs_are_refused(config, finished, tmp_path):

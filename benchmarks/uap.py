@@ -1,0 +1,102 @@
+"""How fast universal perturbations are crafted: images/s, and time to 80 % success.
+
+    jaxadv uap configs/uap_blood.py --out runs/uap_blood
+    python benchmarks/uap.py configs/uap_blood.py --out runs/uap_blood
+
+Crafts anew the perturbations of the study against its trained victims, at one share,
+and judges them on the test images every few steps: by fooling, and those with a target
+by the share decided as it. Judging and compiling do not count; the clock is that of the
+wall.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadv import crafting, progress, records, threats, universal_job, victim_job
+from jaxadv.victims import as_float
+
+EVERY = 5  # steps between two looks
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("config")
+  parser.add_argument("--out", required=True, help="folder of the run")
+  parser.add_argument("--quick", action="store_true", help="the config's quick form")
+  parser.add_argument("--victims", nargs="+", help="all of the study by default")
+  parser.add_argument("--share", type=float, default=0.04)
+  parser.add_argument("--level", type=float, default=0.8, help="success to reach")
+  options = parser.parse_args()
+  run = universal_job.prepare(
+    options.config, quick=options.quick, out=options.out, progress=progress.terminal
+  )
+  heads = ["victim", "perturbation", "images/s (10 % to 90 %)"]
+  heads += [f"seconds to {options.level:.0%}", "images", "best", "most possible"]
+  print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+  for name in options.victims or run.study.victims:
+    task = run.victims.tasks[name]
+    with records.lock(run.folder):
+      victim = victim_job.train(task, progress=progress.terminal)
+    subject = crafting.subject(
+      victim.predict, victim.variables, task.parts.train, task.parts.test
+    )
+    for label, plan in run.plans.items():
+      if plan.steps:
+        cells = _measured(run, subject, plan, options)
+        print("| " + " | ".join([name, f"`{label}`", *cells]) + " |", flush=True)
+
+
+def _measured(run, subject, plan, options):
+  images = jnp.asarray(as_float(subject.train.dataset.images))
+  eps = threats.share_of_norm(images, options.share, norm=run.study.norm)
+  uap = plan.make(eps) if plan.target is None else plan.make(eps, target=plan.target)
+  predict = functools.partial(subject.predict, subject.variables)
+  step = jax.jit(functools.partial(uap.step, predict))
+  state = uap.init(jax.random.key(plan.seed), images[0])
+  batches = crafting.stream(subject.train, plan)
+  jax.block_until_ready(step(state, next(crafting.stream(subject.train, plan))))
+  seconds, reached, best = [], None, 0.0
+  for n in range(1, plan.steps + 1):
+    batch = next(batches)
+    started = time.perf_counter()
+    state, _ = jax.block_until_ready(step(state, batch))
+    seconds.append(time.perf_counter() - started)
+    if n % EVERY == 0:
+      rate = _success(subject, plan, state.delta)
+      best = max(best, rate)
+      reached = n if reached is None and rate >= options.level else reached
+  cost = ["not reached", "-"]
+  if reached is not None:
+    cost = [f"{sum(seconds[:reached]):.1f}", str(reached * plan.batch)]
+  return [_speed(seconds, plan.batch), *cost, f"{best:.2f}", _bound(subject, plan)]
+
+
+def _success(subject, plan, delta):
+  images = subject.test.dataset.images
+  after = crafting.decisions(subject.predict, subject.variables, images, delta)
+  hit = after != subject.test.before if plan.target is None else after == plan.target
+  return float(np.mean(hit))
+
+
+def _bound(subject, plan):
+  """Sending every image to one class fools those that were not in it."""
+  counts = np.bincount(
+    subject.test.before, minlength=len(subject.test.dataset.class_names)
+  )
+  return "1.00" if plan.target is not None else f"{1 - counts.min() / counts.sum():.2f}"
+
+
+def _speed(seconds, batch):
+  low, high = np.percentile(seconds, [10, 90])
+  middle = statistics.median(seconds)
+  return f"{batch / middle:.0f} ({batch / high:.0f} to {batch / low:.0f})"
+
+
+if __name__ == "__main__":
+  main()

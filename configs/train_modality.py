@@ -1,0 +1,29 @@
+"""What kind of image is this: six modalities, from abdominal CT to hand X-ray.
+
+Paper: the training of Hirano, Minagi, Takemoto, "Universal adversarial attacks on deep
+neural networks for medical image classification", BMC Medical Imaging 21:9 (2021), with
+a small network from nothing in place of ImageNet weights, and selected on a tenth of
+the training part, not on the test part.
+Data: MedNIST pack, 480 train and 118 test images of 64 pixels, grey. Slices of one
+patient can lie in both parts: an easy task.
+Expected: not measured yet. Time: not measured yet.
+"""
+
+from jaxadv import augment, studies
+from jaxadv.experiments import Recipe
+from jaxadv.models.convnet import ConvNet
+
+
+def get_config(*, quick: bool = False) -> Recipe:
+  """A victim that classifies."""
+  train_steps = 40 if quick else 200
+  return Recipe(
+    model=ConvNet(num_classes=6, width=8 if quick else 16, norm="batch"),
+    optimizer=studies.stepped_sgd(train_steps, learning_rate=0.03),
+    data=("mednist_modality_64.npz",),
+    holdout=0.1,
+    augment=augment.affine(),  # no flips: a body has a left and a right
+    train_steps=train_steps,
+    batch_size=32,
+    balance=True,
+  )

@@ -1,0 +1,321 @@
+"""The job of `jaxadv uap`: train victims, craft universal perturbations, judge them.
+
+Everything is stored under one folder, and every finished piece survives a kill:
+
+    settings.json                     what the run is; another run is refused
+    victims/VICTIM/                   checkpoints and evaluation of a trained model
+    perturbations/VICTIM/SHARE/NAME/  checkpoints, uap.npy, uap.png, and, written
+                                      last, outcome.json with every count
+    results.json, report.html         one row per victim, share and perturbation
+
+Both random controls stand beside the perturbations of every victim and share.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import pathlib
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxadv
+from jaxadv import (
+  attacks,
+  crafting,
+  outcomes,
+  records,
+  report,
+  summaries,
+  threats,
+  universal_report,
+  victim_job,
+  victims,
+)
+from jaxadv.experiments import Config, UniversalStudy, load_config
+from jaxadv.progress import Progress, silent
+from jaxadv.victim_job import JobError
+
+__all__ = ["CONTROLS", "Cell", "Run", "craft", "prepare"]
+
+# Name -> drawn, not crafted: what any perturbation of that size does.
+CONTROLS = {
+  "random ball": functools.partial(attacks.random_universal, kind="ball"),
+  "random sign": functools.partial(attacks.random_universal, kind="sign"),
+}
+_RATES = ("fooling", "error", "clean_error", "targeted", "moved", "one_class")
+
+
+class Run(NamedTuple):
+  """A job whose input was checked.
+
+  Attributes:
+    config: the file and what it builds.
+    study: its study with the overrides applied.
+    victims: the victims to train, with their data.
+    settings: what the rows depend on.
+  """
+
+  config: Config
+  study: UniversalStudy
+  victims: victim_job.Run
+  settings: dict[str, Any]
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """Where everything goes."""
+    return self.victims.folder
+
+  @property
+  def parts(self) -> victim_job.Parts:
+    """The data, the same for all victims."""
+    return next(iter(self.victims.tasks.values())).parts
+
+  @property
+  def plans(self) -> dict[str, crafting.Plan]:
+    """Name -> how it is crafted, in the order of the report; controls come last."""
+    study = self.study
+
+    def plan(make, target=None, steps=study.craft_steps):
+      return crafting.Plan(
+        make, target, steps, study.craft_batch, study.seed, study.checkpoint_every
+      )
+
+    plans = {name: plan(make) for name, make in study.perturbations.items()}
+    for k, name in _aims(study, self.parts.train.class_names).items():
+      plans[name] = plan(study.targeted, k)
+    for name, make in CONTROLS.items():
+      plans[name] = plan(functools.partial(make, norm=study.norm), steps=0)
+    return plans
+
+
+class Cell(NamedTuple):
+  """One cell of the grid: a victim, a radius, a perturbation."""
+
+  victim: str
+  share: float
+  name: str
+
+
+def prepare(
+  config_path: str | pathlib.Path,
+  *,
+  quick: bool = False,
+  source: str | None = None,
+  out: str | None = None,
+  overrides: Mapping[str, Any] | None = None,
+  progress: Progress = silent,
+) -> Run:
+  """Reads the config and the data, and checks both, before anything is computed.
+
+  Args:
+    config_path: a config that returns a `UniversalStudy`.
+    quick: asks the config for its smallest form.
+    source: data source to use instead of the config's.
+    out: folder of the run; `runs/NAME`, or `runs/NAME-quick`, by default.
+    overrides: fields of every recipe to replace; `seed` also replaces the study's.
+    progress: shows what is done.
+
+  Returns:
+    The checked run; nothing has been written.
+
+  Raises:
+    ConfigError: for a config that cannot be read or built.
+    JobError: for another kind of config, for data that cannot be found, does not fit,
+      has other labels than classes, or fewer training images than a batch, and for a
+      target outside the classes.
+  """
+  config = load_config(config_path, quick=quick)
+  if not isinstance(config.experiment, UniversalStudy):
+    found = type(config.experiment).__name__
+    raise JobError(f"{config_path} returns a {found}; this needs a UniversalStudy.")
+  seed = {k: v for k, v in (overrides or {}).items() if k == "seed"}
+  study = dataclasses.replace(config.experiment, **seed)
+  prepared = victim_job.prepare(
+    config_path,
+    quick=quick,
+    source=source,
+    out=out,
+    overrides=overrides,
+    progress=progress,
+  )
+  test_set = next(iter(prepared.tasks.values())).parts.test
+  settings = {
+    "config": config.code,
+    "quick": quick,
+    "seed": study.seed,
+    "test_data": victims.fingerprint(test_set),
+    "jaxadv": jaxadv.__version__,
+    "jax": jax.__version__,
+  }
+  run = Run(config, study, prepared, settings)
+  _check(study, run.parts)
+  return run
+
+
+def craft(run: Run) -> dict[str, Any]:
+  """Runs the whole job, or what is left of it; returns what `results.json` holds.
+
+  Raises:
+    RecordError: when the folder holds another run, or another run is using it.
+  """
+  started = time.perf_counter()
+  with records.lock(run.folder):
+    records.check_same_run(run.folder / "settings.json", run.settings)
+    evaluations = {}
+    for name, task in run.victims.tasks.items():
+      victim = victim_job.train(task, progress=run.victims.progress)
+      evaluations[name] = victim.evaluation
+      subject = crafting.subject(
+        victim.predict, victim.variables, task.parts.train, task.parts.test
+      )
+      for cell in _cells(run, name):
+        if not _is_done(run, cell):
+          _craft_cell(run, subject, cell)
+    results = _results(run, evaluations, time.perf_counter() - started)
+    page = universal_report.page(results, list(_exhibits(run)))
+    records.write_json(run.folder / "results.json", results)
+    records.write_atomically(run.folder / "report.html", page)
+  return results
+
+
+def _check(study, parts):
+  """Refuses what only data and study together show."""
+  if parts.train.kind != "class":
+    raise JobError(f"labels are of kind {parts.train.kind!r}; this needs classes.")
+  images, classes = len(parts.train.images), len(parts.train.class_names)
+  if images < study.craft_batch:
+    raise JobError(
+      f"{images} training images are fewer than a batch of {study.craft_batch}; lower "
+      "`craft_batch`."
+    )
+  wrong = [k for k in study.targets or () if not 0 <= k < classes]
+  if wrong:
+    raise JobError(f"`targets` has {wrong[0]}; the classes are 0..{classes - 1}.")
+
+
+def _aims(study, class_names) -> dict[int, str]:
+  """Target -> name of the perturbation, which is also a folder."""
+  if study.targeted is None:
+    return {}
+  targets = range(len(class_names)) if study.targets is None else study.targets
+  return {k: "to " + re.sub(r"[^\w.+-]+", "-", class_names[k]) for k in targets}
+
+
+def _all_cells(run: Run) -> Iterator[Cell]:
+  for name in run.study.victims:
+    yield from _cells(run, name)
+
+
+def _cells(run: Run, victim: str) -> Iterator[Cell]:
+  for share in run.study.shares:
+    for name in run.plans:
+      yield Cell(victim, share, name)
+
+
+def _craft_cell(run, subject, cell):
+  folder, plan = _folder(run, cell), run.plans[cell.name]
+  images = jnp.asarray(victims.as_float(run.parts.train.images))
+  eps = threats.share_of_norm(images, cell.share, norm=run.study.norm)
+  started = time.perf_counter()
+  label = f"{cell.victim} {cell.share:.0%} {cell.name}"
+  with run.victims.progress(label, plan.steps, 0) as advance:
+    state = crafting.craft(
+      plan, subject, eps, folder=folder / "checkpoints", advance=advance
+    )
+  seconds = time.perf_counter() - started
+  tables = crafting.measure(subject, state.delta)
+  _store(folder, np.asarray(state.delta))
+  record = {
+    "eps": eps,
+    "target": plan.target,
+    "steps": plan.steps,
+    "seconds": seconds,
+    "l2": float(jnp.linalg.norm(state.delta.ravel())),
+    "linf": float(jnp.abs(state.delta).max()),
+    "counts": {
+      k: {v: t.tolist() for v, t in views.items()} for k, views in tables.items()
+    },
+  }
+  records.write_json(folder / "outcome.json", record)
+
+
+def _store(folder, delta):
+  """The perturbation as numbers and as a picture."""
+  file = io.BytesIO()
+  np.save(file, delta)
+  records.write_atomically(folder / "uap.npy", file.getvalue())
+  picture, _ = universal_report.pattern(delta)
+  records.write_atomically(folder / "uap.png", report.png(picture))
+
+
+def _folder(run, cell):
+  place = run.folder / "perturbations" / cell.victim / f"{cell.share:g}" / cell.name
+  return pathlib.Path(place)
+
+
+def _is_done(run, cell):
+  return (_folder(run, cell) / "outcome.json").exists()
+
+
+def _record(run, cell):
+  return json.loads((_folder(run, cell) / "outcome.json").read_text())
+
+
+def _row(run, cell):
+  """One flat row: what was crafted, its rates, and those of the controls beside it."""
+  record = _record(run, cell)
+  counts, target = record.pop("counts"), record["target"]
+  row = {"victim": cell.victim, "share": cell.share, "perturbation": cell.name}
+  row |= record
+  for split, views in counts.items():
+    for view, table in views.items():
+      rates = outcomes.rates(np.asarray(table), target=target)
+      row |= {f"{name}_{split}_{view}": rates.get(name) for name in _RATES}
+  name = "fooling" if target is None else "targeted"
+  for control in CONTROLS:
+    table = _record(run, cell._replace(name=control))["counts"]["test"]["stored"]
+    rate = outcomes.rates(np.asarray(table), target=target)[name]
+    row[f"{name}_{control.replace(' ', '_')}"] = rate
+  return {k: None if v != v else v for k, v in row.items()}
+
+
+def _exhibits(run) -> Iterator[universal_report.Exhibit]:
+  """A test image with each crafted perturbation of the middle share, as stored."""
+  view, shares = crafting.VIEWS["stored"], run.study.shares
+  clean = victims.as_float(run.parts.test.images[:1])[0]
+  for cell in _all_cells(run):
+    if cell.name in CONTROLS or cell.share != shares[len(shares) // 2]:
+      continue
+    delta = np.load(_folder(run, cell) / "uap.npy")
+    attacked = np.asarray(view.apply(clean, delta))
+    table = np.asarray(_record(run, cell)["counts"]["test"]["stored"])
+    title = f"{cell.victim}, {cell.name}, {cell.share:.1%}"
+    yield universal_report.Exhibit(
+      title, delta, report.as_bytes(clean), report.as_bytes(attacked), table
+    )
+
+
+def _results(run, evaluations, seconds):
+  rows = [_row(run, cell) for cell in _all_cells(run)]
+  return {
+    "name": run.config.name,
+    "source": pathlib.Path(run.parts.source).name,
+    "classes": list(run.parts.test.class_names),
+    "victims": evaluations,
+    "rows": rows,
+    "seed": run.study.seed,
+    "norm": run.study.norm,
+    "wall_seconds": seconds,
+    "craft_seconds": sum(row["seconds"] for row in rows),
+    "config": {"digest": run.config.digest, "text": run.config.text},
+    "versions": summaries.versions(),
+    "commit": summaries.commit(pathlib.Path(__file__).parent),
+    "machine": summaries.machine(),
+  }

@@ -1,0 +1,110 @@
+"""What people look at after `jaxadv uap`: the table, the patterns, the report page."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxadv import outcomes, report
+
+__all__ = ["Exhibit", "page", "pattern", "table"]
+
+
+class Exhibit(NamedTuple):
+  """One crafted perturbation and what it did.
+
+  Attributes:
+    title: victim, name and share.
+    delta: `(H, W, C)` float.
+    clean: `(H, W, C)` uint8, a test image.
+    attacked: `(H, W, C)` uint8, the same image with the perturbation, as stored.
+    outcome: `(K, K, K)` counts on the test images as stored.
+  """
+
+  title: str
+  delta: np.ndarray
+  clean: np.ndarray
+  attacked: np.ndarray
+  outcome: np.ndarray
+
+
+def pattern(delta: np.ndarray) -> tuple[np.ndarray, float]:
+  """A perturbation around mid grey, enlarged until its largest hundredth saturates.
+
+  Args:
+    delta: `(H, W, C)` float, for images in [0, 1].
+
+  Returns:
+    `(H, W, C)` uint8, and the factor.
+
+  Example:
+    >>> picture, factor = pattern(np.full((2, 2, 1), 0.1))
+    >>> picture.ravel().tolist(), round(factor, 1)
+    ([255, 255, 255, 255], 5.0)
+  """
+  largest = np.percentile(np.abs(delta), 99)
+  factor = 127 / 255 / largest if largest else 1.0
+  shifted = np.clip(np.rint(128 + 255 * factor * delta), 0, 255)
+  return shifted.astype(np.uint8), float(factor)
+
+
+def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+  """Heads and lines, one line per victim and share; rates on test images as stored.
+
+  Of the perturbations with a target it gives the mean over the targets, and the worst.
+  """
+  names = list(dict.fromkeys(row["perturbation"] for row in results["rows"]))
+  cells = {(r["victim"], r["share"], r["perturbation"]): r for r in results["rows"]}
+  aimed = {row["perturbation"] for row in results["rows"] if row["target"] is not None}
+  free = [name for name in names if name not in aimed]
+  heads = ["victim", "accuracy", "share", *free, "one class"]
+  heads += ["targeted, mean", "worst"] if aimed else []
+  lines = []
+  for victim, share in dict.fromkeys((v, s) for v, s, _ in cells):
+    rates = [cells[victim, share, name]["fooling_test_stored"] for name in free]
+    rates.append(cells[victim, share, free[0]]["one_class_test_stored"])
+    if aimed:
+      reached = [cells[victim, share, n]["targeted_test_stored"] for n in aimed]
+      rates += [sum(reached) / len(reached), min(reached)]
+    accuracy = results["victims"][victim]["accuracy"]
+    lines.append([victim, _percent(accuracy), f"{share:.1%}", *map(_percent, rates)])
+  return heads, lines
+
+
+def page(results: Mapping[str, Any], exhibits: Sequence[Exhibit]) -> str:
+  """The report as one HTML file without any external resource.
+
+  Args:
+    results: what `results.json` holds.
+    exhibits: perturbations to show.
+  """
+  heads, lines = table(results)
+  return report.render(
+    "universal.html.jinja",
+    results=results,
+    heads=heads,
+    lines=lines,
+    shown=[_shown(exhibit, results["classes"]) for exhibit in exhibits],
+    rows=results["rows"],
+  )
+
+
+def _shown(exhibit, classes):
+  picture, factor = pattern(exhibit.delta)
+  rates = outcomes.rates(exhibit.outcome)
+  return {
+    "title": exhibit.title,
+    "pictures": [
+      ("image", report.data_uri(exhibit.clean), ""),
+      ("with the perturbation", report.data_uri(exhibit.attacked), ""),
+      ("perturbation", report.data_uri(picture), f"x {factor:.0f}"),
+    ],
+    "classes": classes,
+    "confusion": outcomes.confusion(exhibit.outcome).tolist(),
+    "per_class": [_percent(rate) for rate in rates["per_class"]],
+  }
+
+
+def _percent(rate):
+  return "-" if rate is None or math.isnan(rate) else f"{100 * rate:.1f} %"

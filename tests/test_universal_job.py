@@ -1,0 +1,225 @@
+"""`jaxadv uap`: rows, controls, resuming after a kill, refusals, a real pack."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxadv import cli, experiments, universal_job
+
+CONFIG = """
+import functools, optax
+from jaxadv import attacks, training
+from jaxadv.experiments import Recipe, UniversalStudy
+from jaxadv.models import ConvNet
+
+def get_config(*, quick=False):
+  return UniversalStudy(
+    victims={"small": Recipe(
+      model=ConvNet(num_classes=3, width=4, depth=2), optimizer=optax.adam(1e-2),
+      data=("PACK",), loss=training.cross_entropy, train_steps=20, batch_size=6,
+    )},
+    perturbations={
+      "universal": functools.partial(attacks.universal, norm="l2", num_steps=STEPS),
+    },
+    targeted=functools.partial(
+      attacks.targeted_universal, norm="l2", num_steps=STEPS),
+    targets=(TARGET,), norm="l2", shares=(0.1, 0.5), craft_steps=STEPS,
+    craft_batch=BATCH, checkpoint_every=3,
+  )
+"""
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+NAMES = ["universal", "to red", "random ball", "random sign"]
+
+# The runs below compile the same programs again and again.
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+  """Red, green and blue noise of 8 pixels."""
+  path = tmp_path_factory.mktemp("pack") / "colors.npz"
+  rng = np.random.default_rng(0)
+  labels = np.arange(48) % 3
+  images = rng.normal(90, 15, (48, 8, 8, 3)) + 90 * np.eye(3)[labels][:, None, None]
+  np.savez(
+    path,
+    images=images.clip(0, 255).astype(np.uint8),
+    labels=labels.astype(np.int32),
+    split=np.array(["train"] * 36 + ["test"] * 12),
+    class_names=np.array(["red", "green", "blue"]),
+  )
+  return path
+
+
+def write_config(folder, pack, *, steps=6, batch=12, target=0):
+  path = folder / "colors.py"
+  text = CONFIG.replace("PACK", str(pack)).replace("STEPS", str(steps))
+  path.write_text(text.replace("BATCH", str(batch)).replace("TARGET", str(target)))
+  return path
+
+
+@pytest.fixture(scope="module")
+def finished(pack, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("finished")
+  config = write_config(folder, pack)
+  run = universal_job.prepare(config, out=folder / "run")
+  return run, universal_job.craft(run)
+
+
+def rows(folder):
+  return json.loads((folder / "results.json").read_text())["rows"]
+
+
+def perturbations(folder):
+  """Path -> array; the bits of everything that was crafted."""
+  found = folder.glob("perturbations/*/*/*/uap.npy")
+  return {str(path.relative_to(folder)): np.load(path) for path in found}
+
+
+def test_every_cell_has_a_row_a_pattern_and_both_controls(finished):
+  run, results = finished
+  cells = [(row["perturbation"], row["share"]) for row in rows(run.folder)]
+  assert cells == [(name, share) for share in (0.1, 0.5) for name in NAMES]
+  assert len(perturbations(run.folder)) == 8
+  with Image.open(run.folder / "perturbations/small/0.5/universal/uap.png") as image:
+    assert image.size == (8, 8)
+  assert json.loads((run.folder / "results.json").read_text()) == results
+  assert (run.folder / "report.html").read_text().count("<figure>") == 6
+
+
+def test_the_radius_is_the_share_of_the_mean_norm_and_is_kept(finished):
+  run, results = finished
+  images = run.parts.train.images / 255
+  norm = np.linalg.norm(images.reshape(len(images), -1), axis=1).mean()
+  for row in results["rows"]:
+    assert row["eps"] == pytest.approx(row["share"] * norm, rel=1e-5)
+    assert row["l2"] <= row["eps"] * (1 + 1e-5)
+    if row["perturbation"] == "random sign":
+      assert row["l2"] == pytest.approx(row["eps"], rel=1e-5)
+
+
+def test_crafted_perturbations_beat_the_controls_and_reach_their_target(finished):
+  _, results = finished
+  found = {(r["perturbation"], r["share"]): r for r in results["rows"]}
+  best = found["universal", 0.5]["fooling_test_stored"]
+  assert best > found["random sign", 0.5]["fooling_test_stored"] + 0.3
+  assert found["to red", 0.5]["targeted_test_stored"] > 0.9
+  assert found["universal", 0.5]["targeted_test_stored"] is None
+
+
+def test_the_counts_are_those_of_the_stored_perturbation(finished):
+  """A second way to the same number: the model on images made by hand."""
+  run, results = finished
+  task = run.victims.tasks["small"]
+  from jaxadv import victim_job
+
+  victim = victim_job.train(task)
+  delta = np.load(run.folder / "perturbations/small/0.5/universal/uap.npy")
+  clean = run.parts.test.images.astype(np.float32) / 255
+  stored = np.rint(np.clip(clean + delta, 0, 1) * 255).astype(np.float32) / 255
+  decide = lambda x: np.argmax(victim.predict(victim.variables, x)[0], -1)
+  (row,) = (
+    r for r in results["rows"] if (r["perturbation"], r["share"]) == ("universal", 0.5)
+  )
+  fooled = np.mean(decide(stored) != decide(clean))
+  assert row["fooling_test_stored"] == pytest.approx(fooled)
+
+
+def test_a_finished_run_is_not_computed_again(finished):
+  run, results = finished
+  times = {path: path.stat().st_mtime_ns for path in run.folder.glob("p*/**/uap.npy")}
+  assert universal_job.craft(run)["rows"] == results["rows"]
+  assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_a_killed_run_ends_with_the_same_bits(pack, tmp_path):
+  config = write_config(tmp_path, pack, steps=40)
+  killed, whole = tmp_path / "killed", tmp_path / "whole"
+  moments = (
+    "perturbations/small/0.1/universal/checkpoints/step_*",
+    "perturbations/small/0.1/to red/checkpoints/step_*",
+    "perturbations/small/0.5/universal/checkpoints/step_*",
+  )
+  for moment in moments:
+    kill_at(moment, config, killed)
+  assert not (killed / "results.json").exists()
+  for folder in (killed, whole):
+    subprocess.run(command(config, folder), check=True, capture_output=True)
+  one, other = perturbations(killed), perturbations(whole)
+  assert one.keys() == other.keys()
+  for name, delta in one.items():
+    np.testing.assert_array_equal(delta, other[name], err_msg=name)
+  drop = lambda row: {k: v for k, v in row.items() if k != "seconds"}
+  assert list(map(drop, rows(killed))) == list(map(drop, rows(whole)))
+
+
+def command(config, folder):
+  words = ["uap", str(config), "--out", str(folder), "--no-progress"]
+  return [sys.executable, "-m", "jaxadv", *words]
+
+
+def kill_at(pattern, config, folder):
+  """SIGKILL as soon as a file is there; the run must not have ended by itself."""
+  process = subprocess.Popen(command(config, folder), stdout=subprocess.DEVNULL)
+  deadline = time.monotonic() + 120
+  while not any(folder.glob(pattern)):
+    assert process.poll() is None, "the run ended before it could be killed"
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+  os.kill(process.pid, signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"batch": 37}, "36 training images are fewer than a batch of 37"),
+    ({"target": 3}, r"`targets` has 3; the classes are 0..2"),
+  ],
+)
+def test_what_data_and_study_together_forbid(pack, tmp_path, changes, message):
+  config = write_config(tmp_path, pack, **changes)
+  with pytest.raises(universal_job.JobError, match=message):
+    universal_job.prepare(config, out=tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_a_study_are_checked():
+  fine = {"victims": {"a": None}, "perturbations": {"p": None}}
+  for changes, message in (
+    ({"shares": (0.0,)}, "shares above 0"),
+    ({"shares": ()}, "shares above 0"),
+    ({"craft_steps": 0}, "write 1 or more"),
+    ({"targets": (0,)}, r"`targets` is \(0,\) without `targeted`"),
+    ({"perturbations": {}}, "name at least one"),
+    ({"perturbations": {"a/b": None}}, "has 'a/b'"),
+    ({"victims": {}}, "name at least one"),
+  ):
+    with pytest.raises(experiments.ConfigError, match=message):
+      experiments.UniversalStudy(**fine | changes)
+
+
+def test_another_kind_of_config_is_refused(capsys, tmp_path):
+  config = str(CONFIGS / "demo.py")
+  assert cli.main(["uap", config, "--out", str(tmp_path / "run")]) == 2
+  assert "this needs a UniversalStudy" in capsys.readouterr().err
+
+
+def test_a_real_pack_end_to_end(tmp_path):
+  try:
+    run = universal_job.prepare(
+      "configs/uap_blood.py", quick=True, out=tmp_path / "run"
+    )
+  except universal_job.JobError as error:
+    pytest.skip(f"no real pack: {error}")
+  results = universal_job.craft(run)
+  assert results["classes"] == ["RBC", "WBC", "Platelets"]
+  assert len(results["rows"]) == 4

@@ -1,0 +1,352 @@
+"""Training classifiers: selection, resuming after a kill, refusals, real packs."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import helpers
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxadv import checkpoints, cli, data, experiments, training, victim_job, victims
+from jaxadv.models import ConvNet, UNet
+
+CONFIG = """
+import optax
+from jaxadv import augment, training
+from jaxadv.experiments import Recipe, UniversalStudy
+from jaxadv.models import ConvNet
+
+def get_config(*, quick=False):
+  recipe = Recipe(
+    model=ConvNet(num_classes=CLASSES, width=4, depth=2), optimizer=optax.adam(3e-2),
+    data=("PACK",), holdout=0.25, train_steps=STEPS, batch_size=6, checkpoint_every=4,
+    augment=augment.chain(training.flips, augment.affine()), EXTRA
+  )
+  return RETURNS
+"""
+STUDY = "UniversalStudy(victims={'a': recipe, 'b': recipe}, perturbations={'p': None})"
+
+# The runs below compile the same programs again and again.
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def stripes(kind="class", n=48, **changes):
+  """Stripes along rows, columns or both under noise; rows and columns are rare."""
+  rng = np.random.default_rng(0)
+  classes = np.minimum(np.arange(n) % 6, 2)
+  findings = np.stack([classes != 1, classes != 0], 1)
+  wave = 45 * np.sign(np.sin(np.arange(8) * np.pi / 2 + 0.5))
+  rows, columns = wave[None, :, None], wave[None, None, :]
+  level = 120 + findings[:, :1, None] * rows + findings[:, 1:, None] * columns
+  images = (level + rng.normal(0, 25, (n, 8, 8))).clip(0, 255).astype(np.uint8)
+  names = ["rows", "columns", "both"] if kind == "class" else ["rows", "columns"]
+  arrays = {
+    "images": images[..., None],
+    "labels": classes if kind == "class" else findings,
+    "split": np.array(["train"] * (n - 12) + ["test"] * 12),
+    "class_names": np.array(names),
+  }
+  return arrays | changes
+
+
+def write(
+  folder, *, arrays=None, steps=12, classes=3, extra="balance=True", returns="recipe"
+):
+  """A pack and a config for it."""
+  folder.mkdir(parents=True, exist_ok=True)
+  np.savez(folder / "stripes.npz", **(stripes() if arrays is None else arrays))
+  text = CONFIG.replace("PACK", str(folder / "stripes.npz")).replace("RETURNS", returns)
+  text = text.replace("STEPS", str(steps)).replace("CLASSES", str(classes))
+  path = folder / "small.py"
+  path.write_text(text.replace("EXTRA", extra))
+  return str(path)
+
+
+def results(folder):
+  return json.loads((folder / "results.json").read_text())
+
+
+def test_a_classifier_is_trained_judged_and_shown(tmp_path, capsys):
+  config = write(tmp_path, steps=40)
+  out = tmp_path / "out"
+  assert cli.main(["train", config, "--out", str(out)]) == 0
+  shown = capsys.readouterr().out
+  for word in ("balanced accuracy", "selected step", "recall", "both", "40/40", "best"):
+    assert word in shown
+  found = results(out / "victim")
+  assert str(out / "victim" / "results.json") in shown
+  assert found["accuracy"] > 0.7
+  assert found["images"] == 12
+  assert set(found["classes"]) == {"rows", "columns", "both"}
+  assert found["selected_step"] % 4 == 0
+  assert 0.5 < found["validation_balanced_accuracy"] <= 1
+
+
+def test_a_label_set_is_trained_and_judged_by_finding(tmp_path):
+  config = write(tmp_path, arrays=stripes("set"), steps=40, classes=2, extra="")
+  run = victim_job.prepare(config, out=tmp_path / "out")
+  found = victim_job.train_all(run)["small"]
+  assert found["auroc"] > 0.8
+  assert set(found["classes"]) == {"rows", "columns"}
+  assert found["classes"]["rows"]["positives"] == 10
+  assert "validation_auroc" in found
+
+
+def test_a_study_trains_each_of_its_victims(tmp_path, capsys):
+  config = write(tmp_path, returns=STUDY)
+  out = tmp_path / "out"
+  words = ["train", config, "--out", str(out), "--no-progress", "--steps", "4"]
+  assert cli.main(words) == 0
+  assert str(out / "victims") in capsys.readouterr().out
+  one, two = (results(out / "victims" / name) for name in "ab")
+  assert one == two
+  assert one["selected_step"] == 4
+
+
+def fading_recipe(pack, **changes):
+  """Learns, and from step 36 on breaks what it learned by far too large steps."""
+  fields = {
+    "model": ConvNet(num_classes=3, width=4, depth=2),
+    "optimizer": optax.adam(optax.piecewise_constant_schedule(3e-2, {36: 100.0})),
+    "data": (str(pack),),
+    "holdout": 0.25,
+    "train_steps": 48,
+    "batch_size": 6,
+    "balance": True,
+    "checkpoint_every": 6,
+  }
+  return experiments.Recipe(**fields | changes)
+
+
+def test_the_best_checkpoint_is_the_victim_and_not_the_last(tmp_path):
+  write(tmp_path)
+  recipe = fading_recipe(tmp_path / "stripes.npz")
+  parts = victim_job.load(recipe)
+
+  def train(name, steps=48, validation=parts.validation):
+    changed = fading_recipe(tmp_path / "stripes.npz", train_steps=steps)
+    folder = tmp_path / name
+    return victims.train(changed, parts.train, folder, validation=validation)
+
+  def score(variables):
+    predict = victims.predictor(recipe.model)
+    return victims.assess(predict, variables, parts.validation)["balanced_accuracy"]
+
+  # Every candidate, as a training of its own that is selected on nothing.
+  last = {n: train(f"to {n}", n, None).variables for n in range(6, 49, 6)}
+  candidates = {n: score(variables) for n, variables in last.items()}
+  best = max(candidates, key=lambda n: (candidates[n], n))
+  assert candidates[48] < candidates[best] - 0.1
+  found = train("selected")
+  assert int(found.step) == best < 48
+  assert float(found.score) == pytest.approx(candidates[best])
+  helpers.assert_trees_equal(found.variables, last[best])
+
+
+def test_a_killed_training_ends_with_the_same_bits_and_the_same_choice(tmp_path):
+  config = write(tmp_path, steps=60)
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  for steps in (1, 6):
+    kill_after(steps, config, killed)
+  assert not (killed / "victim" / "results.json").exists()
+  for folder in (killed, whole):
+    subprocess.run(command(config, folder), check=True, capture_output=True)
+  assert results(killed / "victim") == results(whole / "victim")
+  helpers.assert_trees_equal(stored(config, killed), stored(config, whole))
+
+
+def stored(config, folder):
+  """The last state and the best one, with the keys as numbers."""
+  task = victim_job.prepare(config).tasks["small"]
+  start = lambda: victims._start(task.recipe, task.parts.train, True)
+  state = checkpoints.restore(folder / "victim/checkpoints", jax.eval_shape(start))
+  key = jax.random.key_data(state.train.key)
+  return state._replace(train=state.train._replace(key=key))
+
+
+def command(config, folder):
+  words = ["train", config, "--out", str(folder), "--no-progress"]
+  return [sys.executable, "-m", "jaxadv", *words]
+
+
+def kill_after(count, config, folder):
+  """SIGKILL once `count` checkpoints were seen; the run must not have ended."""
+  process = subprocess.Popen(command(config, folder), stdout=subprocess.DEVNULL)
+  seen, deadline = set(), time.monotonic() + 300
+  while len(seen) < count:
+    seen |= {path.name for path in folder.glob("victim/checkpoints/step_*")}
+    assert process.poll() is None, "the run ended before it could be killed"
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+  os.kill(process.pid, signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+
+
+def test_the_choice_does_not_depend_on_the_test_part(tmp_path):
+  config = write(tmp_path / "a")
+  arrays = stripes()
+  arrays["images"][-12:] = 255 - arrays["images"][-12:]
+  other = write(tmp_path / "b", arrays=arrays)
+  one, two = (victim_job.prepare(c).tasks["small"] for c in (config, other))
+  assert one.settings == two.settings
+
+
+def test_another_augmentation_loss_or_selection_is_another_victim(tmp_path):
+  write(tmp_path)
+  pack = tmp_path / "stripes.npz"
+  recipe = fading_recipe(pack)
+
+  def differs(**changes):
+    tasks = []
+    for each in (recipe, fading_recipe(pack, **changes)):
+      tasks.append(victim_job.plan(each, victim_job.load(each), tmp_path))
+    one, two = (task.settings for task in tasks)
+    return {name for name in one if one[name] != two[name]}
+
+  assert differs() == set()
+  assert differs(augment=None) == {"augment"}
+  assert differs(balance=False) == {"balance"}
+  assert differs(loss=training.dice_cross_entropy) == {"loss"}
+  assert differs(checkpoint_every=5) == {"selected_on"}
+  assert differs(holdout=0.5) == {"selected_on", "train_data"}
+  assert differs(holdout=0.0) == {"selected_on", "train_data"}
+
+
+NOT_BOTH = stripes(split=np.where(stripes()["labels"] == 2, "test", "train"))
+BAD = [
+  ({"classes": 2}, [], "gives logits (1, 2), labels of 3 classes need (1, 3)"),
+  ({"arrays": NOT_BOTH}, [], "train part: no image of class both"),
+  ({"arrays": stripes("set"), "classes": 2}, [], "balance needs one class per image"),
+  ({"extra": "val_split='val'"}, [], "`val_split` and `holdout` are both set"),
+  ({}, ["--pairs", "3"], "a Recipe has no num_pairs; leave the option out"),
+  ({}, ["--steps", "0"], "`train_steps` is 0; write 1 or more"),
+  ({}, ["--data", "missing"], "no data at 'missing'"),
+  ({"arrays": stripes(images=np.zeros((48, 1, 1, 1), np.uint8))}, [], "at least 2"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words", "message"), BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(
+  settings, words, message, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  config = write(tmp_path, **settings)
+  before = sorted(tmp_path.rglob("*"))
+  assert cli.main(["train", config, "--no-progress", *words]) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.count("\n") == 1
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_selection_on_the_test_images_is_refused(tmp_path):
+  """Without split words every fifth image is val and test alike."""
+  arrays = stripes()
+  arrays.pop("split")
+  write(tmp_path, arrays=arrays)
+  recipe = fading_recipe(tmp_path / "stripes.npz", holdout=0.0, val_split="val")
+  with pytest.raises(victim_job.JobError, match=r"9 validation images are test images"):
+    victim_job.load(recipe)
+
+
+def test_a_segmentation_model_for_classes_is_refused(tmp_path):
+  write(tmp_path)
+  recipe = fading_recipe(tmp_path / "stripes.npz", model=UNet(num_classes=3, depth=2))
+  with pytest.raises(victim_job.JobError, match=r"gives logits \(1, 8, 8, 3\)"):
+    victim_job.plan(recipe, victim_job.load(recipe), tmp_path)
+
+
+def test_training_starts_from_given_weights(tmp_path):
+  model = ConvNet(num_classes=3, width=4, depth=2)
+  folder = tmp_path / "data"
+  write(folder)
+  ones = lambda fresh: jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, "f"), fresh)
+  recipe = experiments.Recipe(
+    model=model,
+    start=ones,
+    optimizer=optax.set_to_zero(),
+    data=(str(folder / "stripes.npz"),),
+    train_steps=1,
+  )
+  parts = victim_job.load(recipe)
+  task = victim_job.plan(recipe, parts, tmp_path / "victim")
+  for leaf in jax.tree.leaves(victim_job.train(task).variables["params"]):
+    assert (np.asarray(leaf) == 0.5).all()
+  fresh = victim_job.plan(dataclasses.replace(recipe, start=None), parts, tmp_path)
+  assert task.settings["start"] != fresh.settings["start"]
+
+  def missing(fresh):
+    raise FileNotFoundError("no weights at 'a.npz'")
+
+  with pytest.raises(victim_job.JobError, match=r"`start`: no weights at 'a\.npz'"):
+    victim_job.plan(dataclasses.replace(recipe, start=missing), parts, tmp_path)
+
+
+def test_images_are_resized_on_request(tmp_path):
+  folder = tmp_path / "data"
+  write(folder)
+  recipe = experiments.Recipe(
+    model=ConvNet(num_classes=3, width=4, depth=2),
+    optimizer=optax.sgd(0.1),
+    data=(str(folder / "stripes.npz"),),
+    holdout=0.25,
+    side=12,
+  )
+  parts = victim_job.load(recipe)
+  for part in (parts.train, parts.validation, parts.test):
+    assert part.images.shape[1:] == (12, 12, 1)
+
+
+def test_masks_are_selected_by_their_overlap(tmp_path, discs):
+  recipe = experiments.Recipe(
+    model=UNet(width=4, depth=1),
+    optimizer=optax.adam(1e-2),
+    data=(str(discs),),
+    holdout=0.25,
+    augment=None,
+    train_steps=4,
+    batch_size=2,
+    checkpoint_every=2,
+  )
+  task = victim_job.plan(recipe, victim_job.load(recipe), tmp_path)
+  found = victim_job.train(task).evaluation
+  assert found["selected_step"] in (2, 4)
+  assert 0 <= found["validation_iou"] <= 1
+  assert found["images"] == 8
+
+
+@pytest.mark.parametrize("name", ["train_blood", "train_modality", "train_pneumonia"])
+def test_the_real_packs(name, tmp_path):
+  path = os.path.join(os.path.dirname(__file__), "..", "configs", f"{name}.py")
+  try:
+    run = victim_job.prepare(path, quick=True, out=tmp_path)
+  except victim_job.JobError as error:
+    pytest.skip(f"no real pack: {error}")
+  assert victim_job.train_all(run)[name]["balanced_accuracy"] > 0.7
+
+
+def test_a_real_label_set(tmp_path):
+  recipe = experiments.Recipe(
+    model=ConvNet(num_classes=14, width=4, depth=3),
+    optimizer=optax.adam(1e-2),
+    data=("cxr_nih14_multilabel_128",),
+    holdout=0.2,
+    augment=None,
+    train_steps=8,
+    checkpoint_every=4,
+  )
+  try:
+    parts = victim_job.load(recipe)
+  except victim_job.JobError as error:
+    pytest.skip(f"no real pack: {error}")
+  found = victim_job.train(victim_job.plan(recipe, parts, tmp_path)).evaluation
+  assert len(found["classes"]) == 14
+  assert found["classes"]["Hernia"]["auroc"] is None
+  assert found["images"] == len(data.load(recipe.data[0], split="test").images)
