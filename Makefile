@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 FLAGS ?=
+WORKERS ?= 2
 
 .PHONY: demo test lint clean
 
@@ -9,7 +10,7 @@ demo: .venv/installed-report ## Trains a U-Net, attacks it and writes runs/demo/
 	$(BIN)/python -m jaxadv attack configs/demo.py $(FLAGS)
 
 test: .venv/installed-dev lint ## Lint, format, types, tests, doctests, coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

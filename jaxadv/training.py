@@ -6,21 +6,27 @@ augmentations see one example, without a batch axis; the step maps them and aver
 with the weights of the batch, so padding (weight 0) changes nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxadv.types import AttackFn
+
 __all__ = [
   "ApplyFn",
   "AugmentFn",
+  "OuterLoss",
   "TrainState",
+  "adversarial_step",
+  "binary_cross_entropy",
   "cross_entropy",
   "dice_cross_entropy",
   "flips",
   "init_state",
+  "mean_over_views",
   "soft_dice",
   "train_step",
 ]
@@ -33,6 +39,10 @@ ApplyFn = Callable[[Any, Any, Array, bool], tuple[Array, Any]]
 ExampleLoss = Callable[[Array, Array], Array]
 # ONE example: (key, image, label) -> (image, label)
 AugmentFn = Callable[[Array, Array, Array], tuple[Array, Array]]
+# ONE example: (logits (V, ...) of its V views, label) -> scalar to lower
+OuterLoss = Callable[[Array, Array], Array]
+
+_VIEW_STREAM = 2**32 - 1  # no step is that late: augmentations never draw these keys
 
 
 class TrainState(NamedTuple):
@@ -81,6 +91,24 @@ def cross_entropy(logits: Array, label: Array) -> Array:
   """
   logits = logits.astype(jnp.float32)
   return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+
+def binary_cross_entropy(logits: Array, label: Array) -> Array:
+  """Sigmoid cross-entropy of ONE label set, averaged over its findings.
+
+  Args:
+    logits: `(L,)` float.
+    label: `(L,)` of 0 and 1.
+
+  Returns:
+    A float32 scalar.
+
+  Example:
+    >>> print(binary_cross_entropy(jnp.zeros(3), jnp.array([0, 1, 1])).round(4))
+    0.6931
+  """
+  logits = logits.astype(jnp.float32)
+  return optax.sigmoid_binary_cross_entropy(logits, label).mean()
 
 
 def soft_dice(logits: Array, label: Array, *, smooth: float = 1.0) -> Array:
@@ -157,7 +185,8 @@ def train_step(
 
       sum_i weight_i * loss(logits_i, label_i) / sum_i weight_i
 
-  Masks or classes: only `loss` differs (`dice_cross_entropy`, `cross_entropy`).
+  Masks, classes or label sets: only `loss` differs (`dice_cross_entropy`,
+  `cross_entropy`, `binary_cross_entropy`).
 
   Args:
     apply: `(params, extra, images, train) -> (logits, extra)`.
@@ -182,16 +211,73 @@ def train_step(
     0.6931 1
   """
 
+  def first(logits, label):
+    return loss(logits[0], label)
+
+  return adversarial_step(apply, tx, (), first, augment=augment)
+
+
+def adversarial_step(
+  apply: ApplyFn,
+  tx: optax.GradientTransformation,
+  views: Sequence[AttackFn],
+  outer: OuterLoss,
+  *,
+  augment: AugmentFn | None = None,
+  axis_name: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+  """One optimizer step on several views of the images, each made by an attack.
+
+      sum_i weight_i outer((f(view_1(x_i)), ..., f(view_V(x_i))), y_i) / sum_i weight_i
+
+  The views are made with the present parameters, in evaluation mode: they never touch
+  the batch statistics. Then all V * B images pass the model together, in train mode.
+
+  Args:
+    apply: `(params, extra, images, train) -> (logits, extra)`.
+    tx: optax transform that lowers the loss.
+    views: attacks, called with the labels of the batch; `combine.identity` is the clean
+      view. None at all means the clean images.
+    outer: one example's `(logits (V, ...), label) -> scalar`, such as
+      `mean_over_views(cross_entropy)`.
+    augment: as for `train_step`; comes before the views.
+    axis_name: of the mapped axis of devices, under `pmap`.
+
+  Returns:
+    As `train_step`.
+
+  Example:
+    >>> from jaxadv import attacks, combine
+    >>> apply = lambda params, extra, x, train: (x @ params, extra)
+    >>> views = (combine.identity, attacks.pgd(0.1, num_steps=3))
+    >>> outer = mean_over_views(cross_entropy)
+    >>> step = jax.jit(adversarial_step(apply, optax.sgd(1.0), views, outer))
+    >>> state = init_state(jax.random.key(0), jnp.zeros((3, 2)), {}, optax.sgd(1.0))
+    >>> batch = {"image": jnp.eye(3), "label": jnp.array([0, 1, 1])}
+    >>> state, metrics = step(state, batch)
+    >>> print(metrics["loss"].round(4), state.step)
+    0.6931 1
+
+  Reference: Madry et al., ICLR 2018, arXiv 1706.06083, for `(pgd,)`.
+  """
+
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     image, label = _augmented(augment, state, batch)
     weight = batch.get("weight", jnp.ones(image.shape[:1]))
+    seen = _views(apply, views, state, image, label, _ids(batch))
+    total = _sum(weight.sum(), axis_name)
 
     def cost(params):
-      logits, extra = apply(params, state.extra, image, True)
-      losses = jax.vmap(loss)(logits, label)
-      return (weight * losses).sum() / jnp.maximum(weight.sum(), 1e-6), extra
+      flat = seen.reshape((-1, *image.shape[1:]))
+      logits, extra = apply(params, state.extra, flat, True)
+      logits = logits.reshape((*seen.shape[:2], *logits.shape[1:]))
+      losses = jax.vmap(outer, (1, 0))(logits, label)
+      return (weight * losses).sum() / jnp.maximum(total, 1e-6), extra
 
     (value, extra), grad = jax.value_and_grad(cost, has_aux=True)(state.params)
+    value, grad = _sum((value, grad), axis_name)
+    if axis_name is not None:
+      extra = jax.lax.pmean(extra, axis_name)
     updates, opt_state = tx.update(grad, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = TrainState(state.step + 1, params, extra, opt_state, state.key)
@@ -200,11 +286,52 @@ def train_step(
   return step
 
 
+def mean_over_views(loss: ExampleLoss) -> OuterLoss:
+  """The mean of a loss over the views of ONE example.
+
+  Example:
+    >>> print(mean_over_views(cross_entropy)(jnp.zeros((4, 2)), jnp.int32(1)).round(4))
+    0.6931
+  """
+
+  def outer(logits, label):
+    return jax.vmap(loss, (0, None))(logits, label).mean()
+
+  return outer
+
+
 def _augmented(augment, state, batch):
   image, label = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
   if augment is None:
     return image, label
-  ids = batch.get("id", jnp.arange(len(image)))
-  key = jax.random.fold_in(state.key, state.step)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
-  return jax.vmap(augment)(keys, image, label)
+  return jax.vmap(augment)(_keys(state.key, state.step, _ids(batch)), image, label)
+
+
+def _views(apply, views, state, image, label, ids):
+  """`(V, B, ...)`: what each view shows; the clean images where there is none."""
+  if not views:
+    return image[None]
+  root = jax.random.fold_in(state.key, _VIEW_STREAM)
+  keys = _keys(root, state.step, ids)
+
+  def predict(x):
+    return apply(state.params, state.extra, x, False)[0]
+
+  def show(n, view):
+    key = jax.vmap(jax.random.fold_in, (0, None))(keys, n)
+    return view(key, predict, image, label).image
+
+  return jax.lax.stop_gradient(jnp.stack([show(*item) for item in enumerate(views)]))
+
+
+def _ids(batch):
+  return batch.get("id", jnp.arange(len(batch["image"])))
+
+
+def _keys(key, step, ids):
+  """One key per example, of its id and the step and not of its place in the batch."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), ids)
+
+
+def _sum(value, axis_name):
+  return value if axis_name is None else jax.lax.psum(value, axis_name)

@@ -21,22 +21,29 @@ ROOT = pathlib.Path(jaxadv.__file__).parent
 # new module needs a row. Rows of the application name only what is above the library.
 GROUND = {"masks", "inputs", "filters"}
 PARTS = {"threats", "losses", "targets", "forwards", "apgd", "transforms"}
+PARTS |= {"similarity"}
 SIDE = {"synthetic", "sources", "pairing", "data"}
 ALLOWED = {
   "masks": set(),
   "inputs": set(),
   "filters": set(),
   "types": {"masks"},
-  **dict.fromkeys(PARTS - {"transforms"}, GROUND | {"types"}),
+  **dict.fromkeys(PARTS, GROUND | {"types"}),
   "transforms": GROUND | {"types", "apgd"},  # which it offers as one of its own
-  "engine": {"types", "inputs"},  # the engine knows no concrete part
+  "losses": GROUND | {"types", "similarity"},  # the same
+  "stepping": {"types", "inputs"},
+  "engine": {"types", "inputs", "stepping"},  # the engine knows no concrete part
   "combine": {"types", "inputs"},  # and this no concrete attack
   "line_search": {"types", "inputs"},
+  "stability": {"types", "engine"},  # it runs any attack of the engine
   "attacks": GROUND | PARTS | {"types", "engine", "attacks"},
   "training": {"types", "inputs"},
+  "augment": {"types", "training"},
   "loops": {"types"},
   "checkpoints": {"types"},
   "metrics": GROUND | {"types"},
+  "outcomes": set(),
+  "scores": set(),
   "checks": GROUND | {"types"},
   "models": {"models"},
   **dict.fromkeys(SIDE, SIDE),
@@ -44,25 +51,38 @@ ALLOWED = {
 LIBRARY = {*ALLOWED, "jaxadv"}  # `import jaxadv` reads the version
 APPLICATION = {
   "__main__": {"cli"},
-  "cli": {"experiments", "job", "progress", "records", "report", "victims", "jaxadv"},
+  "cli": {"experiments", "progress", "records", "report", "jaxadv"}
+  | {"job", "universal_job", "universal_report", "victim_job"},
+  "crafting": LIBRARY,
   "experiments": LIBRARY,
   "job": LIBRARY
-  | {"experiments", "progress", "records", "report", "summaries", "trials", "victims"},
+  | {"experiments", "progress", "records", "report", "summaries", "trials", "victims"}
+  | {"victim_job"},
   "progress": set(),
   "records": set(),
   "report": LIBRARY | {"summaries", "records"},
-  "studies": LIBRARY,
+  "retraining": LIBRARY | {"crafting"},
+  "studies": LIBRARY | {"experiments"},
   "summaries": LIBRARY | {"records"},
   "trials": LIBRARY | {"experiments"},
+  "universal_job": LIBRARY
+  | {"crafting", "experiments", "progress", "records", "report", "summaries"}
+  | {"universal_report", "victim_job", "victims"},
+  "universal_report": LIBRARY | {"report"},
+  "victim_job": LIBRARY | {"experiments", "progress", "records", "victims"},
   "victims": LIBRARY | {"experiments", "progress"},
 }
 # third-party packages that only some files may import
 ONLY = {
   "flax": {"models"},
+  "h5py": set(),  # these only by name, where a file needs them
+  "safetensors": set(),
+  "torch": set(),
+  "keras": set(),
   "orbax": {"checkpoints"},
   "tensorflow": set(),
   "tensorflow_datasets": {"sources"},
-  "dm_pix": {"metrics", "forwards"},
+  "dm_pix": {"metrics", "forwards", "augment"},
   "matplotlib": {"report"},
   "jinja2": {"report"},
   "rich": {"progress", "summaries", "report", "cli"},

@@ -1,16 +1,22 @@
 """The loop benchmark runs, and its cause is absent from our models.
 
-Times depend on the machine, so they are not tested. What makes a loop slow is: an input
-gradient whose kernel is labelled `oi` (output before input channels) and which XLA for
-CPU therefore runs off its fast path. The plain Flax twin shows that the test can tell.
+Times depend on the machine, so they are not tested. What makes a loop slow is: a
+convolution with other than the canonical labels, which XLA for CPU runs off its fast
+path (an input gradient with output before input channels; map and kernel swapped,
+because the map was smaller), a grouped one, and the scatter of a max-pool. Plain Flax
+layers show that the test can tell.
 """
 
 import re
 
+import flax.linen as nn
+import foreign
 import jax
 import jax.numpy as jnp
 import pytest
 from helpers import benchmark
+
+from jaxadv import models
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +24,12 @@ def loop():
   return benchmark("loop")
 
 
-def _slow_convolutions(model):
-  """Input-gradient convolutions in the compiled loop that are not canonical."""
-  x = jnp.zeros((1, 32, 32, 3))
+GROUPED = r"feature_group_count = (?!1\b)\d+"
+
+
+def _slow_operations(model, side=32):
+  """Operations in the compiled gradient loop that are off the fast path."""
+  x = jnp.zeros((1, side, side, 3))
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)
   variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
 
@@ -32,14 +41,46 @@ def _slow_convolutions(model):
     step = lambda _, x: x + jax.grad(cost)(x, variables)
     return jax.lax.fori_loop(0, 3, step, x)
 
-  text = jax.jit(steps).lower(x, variables).compile().as_text()
-  return len(re.findall(r"dim_labels=\w+_\d+oi->", text))
+  lowered = jax.jit(steps).lower(x, variables)
+  # the labels are decided before LLVM starts
+  compiled = lowered.compile(foreign.FAST).as_text()
+  labels = re.findall(r"dim_labels=(\w+_\w+->\w+)", compiled)
+  slow = [label for label in labels if label != "b01f_01io->b01f"]
+  # XLA rewrites these two beyond recognition
+  scattered = re.findall("select_and_scatter", lowered.as_text())
+  return slow + scattered + re.findall(GROUPED, lowered.as_text())
+
+
+SMALL = {
+  "unet": models.UNet(width=4, depth=2),
+  "resnet18": models.ResNet(blocks=(1, 1, 1, 1), bottleneck=False, width=0.125),
+  "resnet50": models.ResNet(blocks=(1, 1, 1, 1), width=0.125),
+  "resnet50 of Keras": models.ResNet(blocks=(1, 1, 1, 1), width=0.125, variant="keras"),
+  "vgg": models.VGG(convolutions=(1, 1, 1, 1, 1), width=0.125),
+  "densenet": models.DenseNet(blocks=(1, 1, 1, 1), width=0.25),
+  "inception_v3": models.InceptionV3(width=0.125),
+  "inception_v3 padded": models.InceptionV3(width=0.125, padding="SAME"),
+  "inception_resnet_v2": models.InceptionResNetV2(width=0.125, repeats=(1, 1, 1)),
+  "efficientnet_lite0": models.EfficientNetLite0(width=0.25),
+}
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA for CPU")
-def test_no_gradient_of_ours_leaves_the_fast_path(loop):
-  assert _slow_convolutions(loop.Twin(width=4, depth=2)) > 0
-  assert _slow_convolutions(loop.models.UNet(width=4, depth=2)) == 0
+@pytest.mark.parametrize("name", SMALL)
+def test_no_gradient_of_ours_leaves_the_fast_path(name):
+  side = 75 if "inception" in name and "padded" not in name else 32
+  assert _slow_operations(SMALL[name], side) == []
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA for CPU")
+def test_plain_layers_leave_it(loop):
+  slow = _slow_operations(loop.Twin(width=4, depth=2))
+  assert "b01f_01oi->b01f" in slow
+  assert "select_and_scatter" in slow
+  assert "feature_group_count = 3" in _slow_operations(
+    nn.Conv(3, (3, 3), feature_group_count=3)
+  )
+  assert _slow_operations(nn.Conv(3, (3, 3)), side=2) != []
 
 
 def test_the_benchmark_measures_every_program(loop):

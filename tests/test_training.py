@@ -1,14 +1,16 @@
 """The training step and the loop that drives it."""
 
+import functools
 import itertools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxadv import checkpoints, loops, training
+from jaxadv import checkpoints, combine, loops, threats, training
 
 
 def apply(params, extra, images, train):
@@ -144,3 +146,74 @@ def test_the_loop_draws_no_batch_too_many_and_says_when_they_run_out():
     loops.fit(add, 0.0, batches, num_steps=1)
   with pytest.raises(ValueError, match="write 0 or more"):
     loops.fit(add, 0.0, batches, num_steps=-1)
+
+
+def perturbed(delta):
+  def view(key, predict, x, y):
+    return combine.fixed(threats.box(bounds=(-10, 10)), delta)(key, predict, x, y)
+
+  return view
+
+
+def same_state(one, other):
+  helpers.assert_trees_equal(one._replace(key=()), other._replace(key=()))
+
+
+def test_one_view_is_training_on_what_it_shows():
+  tx, batch, delta = optax.sgd(0.5), masks(0), jnp.full((8, 8, 2), 0.3)
+  outer = training.mean_over_views(training.dice_cross_entropy)
+  step = training.adversarial_step(apply, tx, (perturbed(delta),), outer)
+  moved = batch | {"image": batch["image"] + np.asarray(delta)}
+  got, seen = jax.jit(step)(start(tx), batch)
+  want, wanted = jax.jit(training.train_step(apply, tx))(start(tx), moved)
+  same_state(got, want)
+  assert seen["loss"] == wanted["loss"]
+
+
+def test_views_pass_the_model_together_and_once():
+  tx, batch = optax.sgd(0.5), masks(0)
+  views = (combine.identity, perturbed(jnp.ones((8, 8, 2))), combine.identity)
+  outer = training.mean_over_views(training.dice_cross_entropy)
+  state, seen = jax.jit(training.adversarial_step(apply, tx, views, outer))(
+    start(tx), batch
+  )
+  assert int(state.extra["calls"]) == 1  # making the views is no training call
+  clean = jax.jit(training.train_step(apply, tx))(start(tx), batch)[1]["loss"]
+  moved = batch | {"image": batch["image"] + 1}
+  other = jax.jit(training.train_step(apply, tx))(start(tx), moved)[1]["loss"]
+  np.testing.assert_allclose(seen["loss"], (2 * clean + other) / 3, rtol=1e-6)
+
+
+def test_views_depend_on_the_example_and_the_step_not_on_the_place():
+  noise = lambda key, predict, x, y: combine.identity(
+    key, predict, x + jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(key), y
+  )
+  tx, batch = optax.sgd(0.5), masks(0)
+  outer = training.mean_over_views(training.dice_cross_entropy)
+  step = jax.jit(training.adversarial_step(apply, tx, (noise,), outer))
+  turned = {name: values[::-1] for name, values in batch.items()}
+  begun = start(tx)._replace(params=jax.tree.map(lambda p: p + 0.5, start(tx).params))
+  begun.params["w"] *= jnp.array([[1, -1]])  # two classes that differ
+  one, seen = step(begun, batch)
+  other, again = step(begun, turned)
+  np.testing.assert_allclose(seen["loss"], again["loss"], rtol=1e-6)
+  helpers.assert_trees_close(one.params, other.params, atol=1e-6)
+  later = step(begun._replace(step=jnp.int32(1)), batch)[1]
+  assert abs(later["loss"] - seen["loss"]) > 1e-3
+
+
+def test_shards_of_a_batch_train_as_the_whole():
+  tx, batch = optax.sgd(0.5), masks(0)
+  batch["weight"][3] = 0  # unequal shards: a mean of means would differ
+  outer = training.mean_over_views(training.dice_cross_entropy)
+  make = functools.partial(
+    training.adversarial_step, apply, tx, (combine.identity,), outer
+  )
+  whole, seen = make()(start(tx), batch)
+  shards = {k: v.reshape(2, 2, *v.shape[1:]) for k, v in batch.items()}
+  step = jax.vmap(make(axis_name="devices"), (None, 0), axis_name="devices")
+  state, parts = step(start(tx), shards)
+  for leaf in (0, 1):
+    params = jax.tree.map(lambda value, leaf=leaf: value[leaf], state.params)
+    helpers.assert_trees_close(params, whole.params, atol=1e-6)
+  np.testing.assert_allclose(parts["loss"], jnp.full(2, seen["loss"]), rtol=1e-6)
