@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +29,14 @@ from jaxadv import (
   progress,
   records,
   retraining,
-  threats,
   universal_job,
-  victim_job,
   victims,
 )
 
 HEADS = ("victim", "arm", "rate", "round", "accuracy", "fresh", "first", "sign")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("config")
   parser.add_argument("--out", required=True, help="folder of the study's run")
@@ -48,18 +47,13 @@ def main() -> None:
   parser.add_argument("--epochs", type=int, default=5, help="per round")
   parser.add_argument("--pool", type=int, default=10)
   parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 5e-2])
-  options = parser.parse_args()
+  options = parser.parse_args(arguments)
   run = universal_job.prepare(
     options.config, quick=options.quick, out=options.out, progress=progress.terminal
   )
   print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|")
   for name in options.victims or run.study.victims:
-    task = run.victims.tasks[name]
-    with records.lock(run.folder):
-      victim = victim_job.train(task, progress=progress.terminal)
-    subject = crafting.subject(
-      victim.predict, victim.variables, task.parts.train, task.parts.test
-    )
+    subject = universal_job.subject(run, name)
     for rate in options.rates:
       for arm in retraining.ARMS:
         for row in _rows(run, name, subject, arm, rate, options):
@@ -71,6 +65,7 @@ def main() -> None:
 def _rows(run, name, subject, arm, rate, options):
   """The rows of one arm, from its file where it is finished."""
   settings = f"{options.share:g} {rate:g} {options.rounds} {options.epochs}"
+  # universal_job.subject has seen that the folder holds this very study
   file = run.folder / "retraining" / name / f"{arm} {settings} {options.pool}.json"
   if not file.exists():
     schedule = _schedule(run.victims.tasks[name], run.study, rate, options)
@@ -96,10 +91,10 @@ def _schedule(task, study, rate, options):
 
 def _measured(run, subject, arm, schedule, options):
   study, name = run.study, next(iter(run.study.perturbations))
-  images = jnp.asarray(victims.as_float(subject.train.dataset.images))
-  eps = threats.share_of_norm(images, options.share, norm=study.norm)
+  eps = universal_job.radius(run, options.share)
   control = attacks.random_universal(eps, norm=study.norm, kind="sign")
-  sign = control.init(jax.random.key(study.seed), images[0]).delta
+  image = jnp.zeros(subject.train.dataset.images.shape[1:])
+  sign = control.init(jax.random.key(study.seed), image).delta
   first = None
   for done in retraining.rounds(
     retraining.ARMS[arm],

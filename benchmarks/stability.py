@@ -13,7 +13,8 @@ PGD on the same images. After several tasks, the spread over them of the relativ
 
 `harm` is the IoU lost, or the share of right decisions; `margin` that of the truth;
 `flips` and `cosine` say how steady the gradients are, over all values and over those
-that are neither at the surface of the ball nor at an end of the range (`free`).
+that are neither at the surface of the ball nor at an end of the range (`free`), and
+over the others (`held`).
 
 For one label of two classes SMIA takes the same steps as PGD, whatever its weight: no
 gain can show there at equal gradients, and at equal time PGD goes further. On masks of
@@ -40,6 +41,7 @@ from jaxadv import (
   masks,
   metrics,
   progress,
+  records,
   stability,
   summaries,
   victim_job,
@@ -50,7 +52,7 @@ from jaxadv.types import call
 __all__ = ["Task", "compare", "main", "tables"]
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0)
-STEADY = ("flips", "flips free", "cosine", "cosine free")
+STEADY = ("flips", "flips free", "flips held", "cosine", "cosine free", "cosine held")
 MEANS = ("harm", "success", "margin", "l2", *STEADY)
 SPREADS = ("margin", "l2")
 PAIRED = ("harm", "margin", *STEADY)
@@ -112,19 +114,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def trained(path, options):
-  """The victim of a config and its first test images with their truth."""
+  """The victim of a config and some of its test images with their truth."""
   run = victim_job.prepare(
     path,
     quick=options.quick,
     out=str(options.out / path.stem),
     progress=progress.terminal,
   )
-  victim_job.train_all(run)
   (work,) = run.tasks.values()
-  victim, test = victim_job.train(work), work.parts.test
+  with records.lock(run.folder):
+    victim = victim_job.train(work, progress=run.progress)
+  test = work.parts.test
   predict = functools.partial(victim.predict, victim.variables)
-  images = victims.as_float(test.images[: options.images])
-  return Task(path.stem, predict, images, test.labels[: options.images])
+  # packs are sorted by class: a draw, the same for everyone
+  order = np.random.default_rng(0).permutation(len(test.images))
+  chosen = np.sort(order[: options.images])
+  images = victims.as_float(test.images[chosen])
+  return Task(path.stem, predict, images, test.labels[chosen])
 
 
 def compare(task, *, eps, num_steps=20, keys=5, batch=8, weights=WEIGHTS):
@@ -172,15 +178,27 @@ def tables(comparison):
   )
 
 
-def over_tasks(comparisons):
-  """Spread over the tasks of the relative drop of the metric, per attack."""
+def over_tasks(comparisons, draws=2000):
+  """Spread over the tasks of the relative drop of the metric, per attack.
+
+  The interval is over the images: they are drawn anew, with replacement, in every task.
+  """
+  rng = np.random.default_rng(0)
   lines = []
   for name in comparisons[0].columns:
-    means = [
-      [c.columns[name][column].mean() for c in comparisons]
-      for column in ("clean", "attacked")
-    ]
-    lines.append([f"`{name}`", f"{stability.spread_over_tasks(*np.array(means)):.3f}"])
+    found = [c.columns[name] for c in comparisons]
+    values = [[c["clean"].mean(0), c["attacked"].mean(0)] for c in found]
+
+    def spread(picks, values=values):
+      pairs = zip(values, picks, strict=True)
+      means = np.array([[part[pick].mean() for part in task] for task, pick in pairs])
+      return float(stability.spread_over_tasks(*means.T))
+
+    counts = [len(task[0]) for task in values]
+    whole = spread([np.arange(n) for n in counts])
+    drawn = [spread([rng.integers(0, n, n) for n in counts]) for _ in range(draws)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    lines.append([f"`{name}`", f"{whole:.3f} [{low:.3f}, {high:.3f}]"])
   heads = ["attack", f"sd of the drop over {len(comparisons)} tasks"]
   return "\n".join(["\n## All tasks\n", *_table(heads, lines)])
 
@@ -216,8 +234,10 @@ def _measure(attack, predict, eps, keys, x, y):
     "l2": jax.vmap(metrics.l2)(result.image - x),
     "flips": flips(path.gradient),
     "flips free": flips(path.gradient, loose),
+    "flips held": flips(path.gradient, ~loose),
     "cosine": cosine(path.gradient),
     "cosine free": cosine(path.gradient, loose),
+    "cosine held": cosine(path.gradient, ~loose),
   }
 
 

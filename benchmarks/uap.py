@@ -13,18 +13,18 @@ import argparse
 import functools
 import statistics
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import crafting, progress, records, threats, universal_job, victim_job
-from jaxadv.victims import as_float
+from jaxadv import crafting, outcomes, progress, universal_job
 
 EVERY = 5  # steps between two looks
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("config")
   parser.add_argument("--out", required=True, help="folder of the run")
@@ -32,7 +32,7 @@ def main() -> None:
   parser.add_argument("--victims", nargs="+", help="all of the study by default")
   parser.add_argument("--share", type=float, default=0.04)
   parser.add_argument("--level", type=float, default=0.8, help="success to reach")
-  options = parser.parse_args()
+  options = parser.parse_args(arguments)
   run = universal_job.prepare(
     options.config, quick=options.quick, out=options.out, progress=progress.terminal
   )
@@ -40,12 +40,7 @@ def main() -> None:
   heads += [f"seconds to {options.level:.0%}", "images", "best", "most possible"]
   print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
   for name in options.victims or run.study.victims:
-    task = run.victims.tasks[name]
-    with records.lock(run.folder):
-      victim = victim_job.train(task, progress=progress.terminal)
-    subject = crafting.subject(
-      victim.predict, victim.variables, task.parts.train, task.parts.test
-    )
+    subject = universal_job.subject(run, name)
     for label, plan in run.plans.items():
       if plan.steps:
         cells = _measured(run, subject, plan, options)
@@ -53,12 +48,11 @@ def main() -> None:
 
 
 def _measured(run, subject, plan, options):
-  images = jnp.asarray(as_float(subject.train.dataset.images))
-  eps = threats.share_of_norm(images, options.share, norm=run.study.norm)
-  uap = plan.make(eps) if plan.target is None else plan.make(eps, target=plan.target)
+  uap = crafting.build(plan, universal_job.radius(run, options.share))
   predict = functools.partial(subject.predict, subject.variables)
   step = jax.jit(functools.partial(uap.step, predict))
-  state = uap.init(jax.random.key(plan.seed), images[0])
+  image = jnp.zeros(subject.train.dataset.images.shape[1:])
+  state = uap.init(jax.random.key(plan.seed), image)
   batches = crafting.stream(subject.train, plan)
   jax.block_until_ready(step(state, next(crafting.stream(subject.train, plan))))
   seconds, reached, best = [], None, 0.0
@@ -85,11 +79,12 @@ def _success(subject, plan, delta):
 
 
 def _bound(subject, plan):
-  """Sending every image to one class fools those that were not in it."""
-  counts = np.bincount(
-    subject.test.before, minlength=len(subject.test.dataset.class_names)
-  )
-  return "1.00" if plan.target is not None else f"{1 - counts.min() / counts.sum():.2f}"
+  """What sending every image to one class would reach."""
+  if plan.target is not None:
+    return "1.00"
+  before, classes = subject.test.before, len(subject.test.dataset.class_names)
+  table = outcomes.count(before, before, before, num_classes=classes)
+  return f"{outcomes.rates(np.asarray(table))['one_class']:.2f}"
 
 
 def _speed(seconds, batch):

@@ -6,7 +6,7 @@ published width and from nothing in place of ImageNet weights.
 Data: IDRiD pack, 202 train and 53 test images of 128 pixels, RGB, resized to 64.
 Expected: docs/universal.md. The victims are weak: the pack is small and the grades are
 close.
-Time: TIME.
+Time: not measured yet.
 """
 
 from jaxadv import studies

@@ -12,7 +12,7 @@ __all__ = ["main"]
 
 # Option -> field of the experiment, meaning; all are whole numbers.
 _OVERRIDES = {
-  "--steps": ("train_steps", "training steps of the victim"),
+  "--steps": ("train_steps", "training steps; learning rates keep to the config"),
   "--train-batch": ("batch_size", "images per training step"),
   "--pairs": ("num_pairs", "pairs to attack"),
   "--batch": ("attack_batch", "pairs attacked at once"),
@@ -68,10 +68,10 @@ def _train(options):
   _show(*victim_job.table(results))
   if len(results) > 1:
     return _done(run.folder / "victims")
-  (evaluation,) = results.values()
+  (evaluation,), (task,) = results.values(), run.tasks.values()
   if "classes" in evaluation:
     _show(*victim_job.class_table(evaluation))
-  return _done(run.folder / "victim" / "results.json")
+  return _done(task.folder / "results.json")
 
 
 def _uap(options):

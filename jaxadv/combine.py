@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxadv import types
+from jaxadv import inputs, types
 from jaxadv.types import (
   Array,
   AttackFn,
@@ -101,8 +101,7 @@ def one_of(threat: Threat, pool: Any, *, share: float = 0.5) -> AttackFn:
     >>> bool(jnp.allclose(moved.sum(1), 0.1)), bool((moved > 0.05).any(0).all())
     (True, True)
   """
-  if not 0 <= share <= 1:
-    raise ValueError(f"`share` is {share}; write a probability in [0, 1].")
+  inputs.check_share("share", share)
 
   def draw(key, image):
     which_key, whether_key = jax.random.split(key)

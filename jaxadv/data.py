@@ -197,8 +197,8 @@ def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
   groups = dataset.labels if dataset.kind == "class" else np.zeros(len(dataset.images))
   held = np.zeros(len(groups), bool)
   for n, group in enumerate(np.unique(groups)):
-    members = np.random.default_rng([n]).permutation(np.flatnonzero(groups == group))
-    held[members[: min(round(share * len(members)), len(members) - 1)]] = True
+    places = np.random.default_rng([n]).permutation(np.flatnonzero(groups == group))
+    held[places[: min(max(1, round(share * len(places))), len(places) - 1)]] = True
   if not held.any():
     raise ValueError(f"{share} of {len(held)} images is none; hold out a larger share.")
   return take(dataset, np.flatnonzero(~held)), take(dataset, np.flatnonzero(held))

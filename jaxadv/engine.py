@@ -155,8 +155,7 @@ def gradient_attack(
     [[0.29999998 0.29999998]] [False]
   """
   inputs.check_num_steps(num_steps)
-  if keep not in ("last", "best", "smallest"):
-    raise ValueError(f'`keep` is {keep!r}; write "last", "best" or "smallest".')
+  inputs.check_choice("keep", keep, ("last", "best", "smallest"))
   transform = optax.with_extra_args_support(transform)
   remember = functools.partial(stepping.remember, keep)
   evaluate = functools.partial(_evaluate, objective, threat, num_steps)
@@ -258,6 +257,7 @@ def universal_attack(
   def step(predict, state, batch):
     x, y, weight, ids = _parts(batch, threat, axis_name)
     target = jax.lax.stop_gradient(objective.prepare(predict, x, y))
+    _check_target(predict, x, target)
     step_key = jax.random.fold_in(state.key, state.step)
     loss_at = functools.partial(
       stepping.evaluate,
@@ -353,7 +353,7 @@ def _weighted_means(terms, weight, axis_name):
   """Means over the examples whose terms are all finite, and how many are not."""
   leaves = [jnp.isfinite(v).reshape(len(weight), -1) for v in jax.tree.leaves(terms)]
   finite = jnp.concatenate(leaves, 1).all(1)
-  bad = (~finite & (weight > 0)).sum()
+  bad = (~finite & (weight > 0)).sum(dtype=jnp.int32)
   weight = jnp.where(finite, weight, 0)
 
   def total(values):

@@ -89,6 +89,7 @@ class Recipe:
   def __post_init__(self) -> None:
     """Refuses numbers that cannot work."""
     _check_counts(self, "train_steps", "batch_size", "checkpoint_every")
+    _check_seed(self)
     if not self.data:
       raise ConfigError("`data` is empty; name at least one source.")
     if not 0 <= self.holdout < 1:
@@ -157,31 +158,33 @@ class UniversalStudy:
 
   Attributes:
     victims: name to recipe; all learn from the same data.
-    perturbations: name to `eps -> Universal`, such as
-      `functools.partial(attacks.universal, norm="l2", num_steps=200)`.
-    targeted: `(eps, *, target) -> Universal`, such as
-      `functools.partial(attacks.targeted_universal, norm="l2", num_steps=200)`, or
-      `None`. One compiled step serves all targets.
+    perturbations: name to `(eps, *, norm, num_steps) -> Universal`, such as
+      `attacks.universal`.
+    targeted: `(eps, *, target, norm, num_steps) -> Universal`, such as
+      `attacks.targeted_universal`, or `None`. One compiled step serves all targets.
     targets: classes it is aimed at, one after another; `None` for every class.
-    norm: of the radius.
+    norm: of the ball.
     shares: radii, as shares of the mean norm of the training images.
+    norm_channels: `"first"` takes that norm over the first channel, see
+      `threats.share_of_norm`.
     craft_steps: batches seen by each perturbation.
     craft_batch: images per batch.
     seed: of the batches and keys of the crafting.
     checkpoint_every: crafting steps between checkpoints.
 
   Raises:
-    ConfigError: for counts below 1, shares that are not positive, an empty mapping, a
-      name that makes no folder, targets without an attack that takes them, or victims
-      of different data.
+    ConfigError: for counts below 1, shares that are not positive, an unknown norm, an
+      empty mapping, a name that makes no folder, targets without an attack that takes
+      them, or victims of different data.
   """
 
   victims: Mapping[str, Recipe]
-  perturbations: Mapping[str, Callable[[float], Universal]]
+  perturbations: Mapping[str, Callable[..., Universal]]
   targeted: Callable[..., Universal] | None = None
   targets: tuple[int, ...] | None = None
   norm: Literal["linf", "l2"] = "l2"
   shares: tuple[float, ...] = (0.04,)
+  norm_channels: Literal["all", "first"] = "all"
   craft_steps: int = 200
   craft_batch: int = 32
   seed: int = 0
@@ -190,6 +193,7 @@ class UniversalStudy:
   def __post_init__(self) -> None:
     """Refuses numbers that cannot work."""
     _check_counts(self, "craft_steps", "craft_batch", "checkpoint_every")
+    _check_seed(self)
     _check_names("victims", self.victims)
     if self.perturbations or self.targeted is None:
       _check_names("perturbations", self.perturbations)
@@ -197,7 +201,11 @@ class UniversalStudy:
       raise ConfigError(f"`shares` is {self.shares}; write shares above 0, as (0.04,).")
     if self.targets is not None and self.targeted is None:
       raise ConfigError(f"`targets` is {self.targets} without `targeted`; write both.")
-    if len({(v.data, v.train_split, v.test_split) for v in self.victims.values()}) > 1:
+    for name, known in (("norm", ("linf", "l2")), ("norm_channels", ("all", "first"))):
+      if getattr(self, name) not in known:
+        raise ConfigError(f"`{name}` is {getattr(self, name)!r}; write one of {known}.")
+    shared = ("data", "train_split", "val_split", "test_split", "holdout", "side")
+    if len({tuple(getattr(v, f) for f in shared) for v in self.victims.values()}) > 1:
       raise ConfigError("`victims` learn from different data; give them one source.")
 
 
@@ -227,7 +235,7 @@ def load_config(path: str | pathlib.Path, *, quick: bool = False) -> Config:
   """Reads a config file and builds its experiment.
 
   Args:
-    path: a Python file with `get_config(*, quick=False) -> Experiment`.
+    path: a Python file with `get_config(*, quick=False)`, see above.
     quick: passed on.
 
   Returns:
@@ -252,11 +260,16 @@ def _check_counts(config, *names):
       raise ConfigError(f"`{name}` is {getattr(config, name)}; write 1 or more.")
 
 
+def _check_seed(config):
+  if config.seed < 0:
+    raise ConfigError(f"`seed` is {config.seed}; write 0 or more.")
+
+
 def _check_names(field, mapping):
   if not mapping:
     raise ConfigError(f"`{field}` is empty; name at least one.")
   for name in mapping:
-    if not re.fullmatch(r"[\w.+-][\w .+-]*", name):
+    if not re.fullmatch(r"[\w+-][\w .+-]*", name):
       raise ConfigError(f"{field} has {name!r}; write letters, digits, ' ', '.+-_'.")
 
 

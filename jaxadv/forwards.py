@@ -71,6 +71,9 @@ def input_diversity(
 
   Reference: Xie et al., CVPR 2019, arXiv 1803.06978.
   """
+  inputs.check_share("probability", probability)
+  inputs.check_share("shrink", shrink)
+  inputs.check_positive("shrink", shrink, zero=False)
 
   def augment(key, image):
     scale_key, place_key, choice_key = jax.random.split(key, 3)

@@ -24,7 +24,16 @@ import numpy as np
 from PIL import Image
 
 import jaxadv
-from jaxadv import data, records, report, summaries, trials, victim_job, victims
+from jaxadv import (
+  data,
+  fingerprints,
+  records,
+  report,
+  summaries,
+  trials,
+  victim_job,
+  victims,
+)
 from jaxadv.experiments import Config, Experiment, load_config
 from jaxadv.progress import Progress, silent
 from jaxadv.victim_job import JobError
@@ -117,7 +126,7 @@ def prepare(
     "attack_batch": experiment.attack_batch,
     "threshold": experiment.threshold,
     "max_initial_iou": experiment.max_initial_iou,
-    "test_data": victims.fingerprint(parts.test),
+    "test_data": fingerprints.dataset(parts.test),
     "jaxadv": jaxadv.__version__,
     "jax": jax.__version__,
   }

@@ -52,6 +52,7 @@ __all__ = [
   "squared_l2",
   "task_loss",
   "until_fooled",
+  "until_reached",
 ]
 
 
@@ -334,6 +335,11 @@ def cap(loss: LossFn, beta: float) -> LossFn:
 def until_fooled(loss: LossFn) -> LossFn:
   """The loss of examples whose decision is still the label; 0 for the others."""
   return lambda sample: jnp.where(_wrong(sample).any(), 0.0, loss(sample))
+
+
+def until_reached(loss: LossFn) -> LossFn:
+  """The loss of examples whose decision is not the target yet; 0 for the others."""
+  return lambda sample: jnp.where(_wrong(sample).any(), loss(sample), 0.0)
 
 
 def _logits(sample):

@@ -109,6 +109,9 @@ def universal_training(subject, schedule, plan, eps, state, batches) -> TrainSta
 
       w <- w - lr grad L(w; clip(x + v)),  v <- one crafting step on the same batch
 
+  The weights see augmented images, the perturbation the plain ones, with the truth as
+  label; it starts from zero in every round.
+
   Differs from the low-cost form, which takes both gradients from one backward pass.
   Reference: Shafahi et al., AAAI 2020, arXiv 1811.11304.
   """

@@ -284,6 +284,11 @@ def _dataset(place, images, labels, names, class_names):
   is_set = labels.ndim == 2
   known = None if class_names is None else len(class_names)
   highest = int(labels.max())
+  if is_set and known not in (None, labels.shape[1]):
+    raise ValueError(
+      f"{place} has {labels.shape[1]} labels per image and {known} class names; give "
+      "each label its name."
+    )
   classes = 2 if is_set else known or max(highest + 1, 2)
   if labels.min() < 0 or highest >= classes:
     wrong = highest if highest >= classes else labels.min()

@@ -48,10 +48,14 @@ def watch(attack: Attack) -> Callable[..., tuple[AttackResult, Path]]:
   The gradient is taken a second time, so this is no way to measure run time.
 
   Args:
-    attack: of the engine, with an array as its perturbation and one loss.
+    attack: of the engine, with an array as its perturbation and one loss, that takes
+      all its steps: an example that stands still would look steady.
 
   Returns:
     `(key, predict, x, y) -> (result, path)`, the result being that of the attack.
+
+  Raises:
+    ValueError: for an attack that stops early.
 
   Example:
     >>> from jaxadv import attacks
@@ -62,6 +66,8 @@ def watch(attack: Attack) -> Callable[..., tuple[AttackResult, Path]]:
     >>> path.delta.shape, bool((path.gradient < 0).all())
     ((1, 3, 2), True)
   """
+  if attack.can_stop:
+    raise ValueError("the attack stops early; build it without `stop` to watch it.")
 
   def run(key, predict, x, y):
     state, target = attack.init(key, predict, x, y)

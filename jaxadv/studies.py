@@ -127,8 +127,8 @@ def universal_grid(
   source: str,
   *,
   quick: bool = False,
-  train_steps: int = 300,
-  craft_steps: int = 100,
+  train_steps: int = 200,
+  craft_steps: int = 60,
   learning_rate: float = 0.05,
   **recipe: Any,
 ) -> UniversalStudy:
@@ -154,17 +154,21 @@ def universal_grid(
   if quick:
     train_steps, craft_steps = 20, 6
   networks = seven_architectures(num_classes, width=0.125 if quick else 0.25)
-  recipe |= {"train_steps": train_steps, "batch_size": 32, "data": (source,)}
-  recipe["optimizer"] = stepped_sgd(train_steps, learning_rate=learning_rate)
-  recipe.setdefault("augment", augment.affine())
-  crafting: dict[str, Any] = {"norm": "l2", "num_steps": craft_steps}
+  recipe = {
+    "batch_size": 32,
+    "optimizer": stepped_sgd(train_steps, learning_rate=learning_rate),
+    "augment": augment.affine(),
+    **recipe,
+    "data": (source,),
+    "train_steps": train_steps,
+  }
   return UniversalStudy(
     victims={
       name: Recipe(model=model, **recipe)
       for name, model in list(networks.items())[: 1 if quick else None]
     },
-    perturbations={"universal": functools.partial(attacks.universal, **crafting)},
-    targeted=functools.partial(attacks.targeted_universal, **crafting),
+    perturbations={"universal": attacks.universal},
+    targeted=attacks.targeted_universal,
     targets=(0,) if quick else None,
     norm="l2",
     shares=(0.04,) if quick else (0.02, 0.04, 0.08),

@@ -231,7 +231,7 @@ def share_of_norm(
   share: float,
   *,
   norm: Literal["linf", "l2"],
-  channels: Literal["all", "first"] = "all",
+  norm_channels: Literal["all", "first"] = "all",
 ) -> float:
   """A radius as a share of the mean image norm: `share * mean_i ||x_i||`.
 
@@ -242,14 +242,16 @@ def share_of_norm(
     images: `(N, ..., C)` in [0, 1].
     share: above 0, for instance 0.04.
     norm: `||x||_2`, or the largest value.
-    channels: `"first"` counts the first channel only, as the code of 2021 does; for
-      colour images its L2 radius is smaller by about `sqrt(3)`.
+    norm_channels: `"first"` counts the first channel only, as the code of 2021 does;
+      for colour images its L2 radius is smaller by about `sqrt(3)`.
 
   Returns:
     The radius for images in [0, 1].
 
   Raises:
-    ValueError: for a share that is not positive, an unknown norm or choice of channels.
+    TypeError: for images that are not float, such as uint8.
+    ValueError: for a share that is not positive, no image, an unknown norm or choice of
+      channels.
 
   Example:
     >>> round(share_of_norm(jnp.full((2, 10, 10, 3), 0.5), 0.04, norm="linf"), 3)
@@ -259,12 +261,12 @@ def share_of_norm(
   """
   if not share > 0:
     raise ValueError(f"`share` is {share}; write a number above 0, such as 0.04.")
-  if norm not in ("linf", "l2") or channels not in ("all", "first"):
-    raise ValueError(
-      f'`norm` is {norm!r} and `channels` {channels!r}; write "linf" or "l2", and '
-      '"all" or "first".'
-    )
-  images = images if channels == "all" else images[..., :1]
+  inputs.check_choice("norm", norm, ("linf", "l2"))
+  inputs.check_choice("norm_channels", norm_channels, ("all", "first"))
+  if not len(images):
+    raise ValueError("there are no images; their mean norm needs at least one.")
+  inputs.check_image(images[0])
+  images = images if norm_channels == "all" else images[..., :1]
   order = 2 if norm == "l2" else jnp.inf
   flat = images.reshape(len(images), -1)
   return float(share * jnp.linalg.norm(flat, order, axis=1).mean())

@@ -3,7 +3,8 @@
 A model enters as `apply(params, extra, images, train) -> (logits, extra)`; `extra`
 holds what is not trained by gradients (batch statistics), or `{}`. Losses and
 augmentations see one example, without a batch axis; the step maps them and averages
-with the weights of the batch, so padding (weight 0) changes nothing.
+with the weights of the batch, so padding (weight 0) changes nothing, but for batch
+statistics: these are taken over every image that passes the model.
 """
 
 from collections.abc import Callable, Mapping, Sequence

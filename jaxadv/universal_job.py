@@ -6,9 +6,11 @@ Everything is stored under one folder, and every finished piece survives a kill:
     victims/VICTIM/                   checkpoints and evaluation of a trained model
     perturbations/VICTIM/SHARE/NAME/  checkpoints, uap.npy, uap.png, and, written
                                       last, outcome.json with every count
+    perturbations/VICTIM/SHARE/       per_image.json: fooling by PGD, image by image
     results.json, report.html         one row per victim, share and perturbation
 
-Both random controls stand beside the perturbations of every victim and share.
+Both random controls stand beside the perturbations of every victim and share, and what
+attacks on single images reach.
 """
 
 import dataclasses
@@ -29,6 +31,8 @@ import jaxadv
 from jaxadv import (
   attacks,
   crafting,
+  data,
+  fingerprints,
   outcomes,
   records,
   report,
@@ -42,7 +46,7 @@ from jaxadv.experiments import Config, UniversalStudy, load_config
 from jaxadv.progress import Progress, silent
 from jaxadv.victim_job import JobError
 
-__all__ = ["CONTROLS", "Cell", "Run", "craft", "prepare"]
+__all__ = ["CONTROLS", "Cell", "Run", "craft", "prepare", "radius", "subject"]
 
 # Name -> drawn, not crafted: what any perturbation of that size does.
 CONTROLS = {
@@ -83,15 +87,14 @@ class Run(NamedTuple):
     study = self.study
 
     def plan(make, target=None, steps=study.craft_steps):
-      return crafting.Plan(
-        make, target, steps, study.craft_batch, study.seed, study.checkpoint_every
-      )
+      rest = study.craft_batch, study.seed, study.checkpoint_every
+      return crafting.Plan(make, study.norm, target, steps, *rest)
 
     plans = {name: plan(make) for name, make in study.perturbations.items()}
     for k, name in _aims(study, self.parts.train.class_names).items():
       plans[name] = plan(study.targeted, k)
     for name, make in CONTROLS.items():
-      plans[name] = plan(functools.partial(make, norm=study.norm), steps=0)
+      plans[name] = plan(make, steps=0)
     return plans
 
 
@@ -150,13 +153,16 @@ def prepare(
     "config": config.code,
     "quick": quick,
     "seed": study.seed,
-    "test_data": victims.fingerprint(test_set),
+    "craft_batch": study.craft_batch,
+    "norm": f"{study.norm} {study.norm_channels}",
+    "test_data": fingerprints.dataset(test_set),
     "jaxadv": jaxadv.__version__,
     "jax": jax.__version__,
   }
   run = Run(config, study, prepared, settings)
-  _check(study, run.parts)
-  return run
+  _check(run)
+  programs = {name: _program(run, plan) for name, plan in run.plans.items()}
+  return run._replace(settings=settings | {"perturbations": programs})
 
 
 def craft(run: Run) -> dict[str, Any]:
@@ -172,12 +178,14 @@ def craft(run: Run) -> dict[str, Any]:
     for name, task in run.victims.tasks.items():
       victim = victim_job.train(task, progress=run.victims.progress)
       evaluations[name] = victim.evaluation
-      subject = crafting.subject(
+      attacked = crafting.subject(
         victim.predict, victim.variables, task.parts.train, task.parts.test
       )
+      for share in run.study.shares:
+        _measure_per_image(run, attacked, name, share)
       for cell in _cells(run, name):
         if not _is_done(run, cell):
-          _craft_cell(run, subject, cell)
+          _craft_cell(run, attacked, cell)
     results = _results(run, evaluations, time.perf_counter() - started)
     page = universal_report.page(results, list(_exhibits(run)))
     records.write_json(run.folder / "results.json", results)
@@ -185,8 +193,24 @@ def craft(run: Run) -> dict[str, Any]:
   return results
 
 
-def _check(study, parts):
+def subject(run: Run, name: str) -> crafting.Subject:
+  """A victim of the run, trained or read, with its decisions on the clean images.
+
+  Raises:
+    RecordError: when the folder holds another run, or another run is using it.
+  """
+  task = run.victims.tasks[name]
+  with records.lock(run.folder):
+    records.check_same_run(run.folder / "settings.json", run.settings)
+    victim = victim_job.train(task, progress=run.victims.progress)
+  return crafting.subject(
+    victim.predict, victim.variables, task.parts.train, task.parts.test
+  )
+
+
+def _check(run):
   """Refuses what only data and study together show."""
+  study, parts = run.study, run.parts
   if parts.train.kind != "class":
     raise JobError(f"labels are of kind {parts.train.kind!r}; this needs classes.")
   images, classes = len(parts.train.images), len(parts.train.class_names)
@@ -198,6 +222,27 @@ def _check(study, parts):
   wrong = [k for k in study.targets or () if not 0 <= k < classes]
   if wrong:
     raise JobError(f"`targets` has {wrong[0]}; the classes are 0..{classes - 1}.")
+  aims = list(_aims(study, parts.train.class_names).values())
+  names = [*study.perturbations, *aims, *CONTROLS]
+  twice = sorted({name for name in names if names.count(name) > 1})
+  if twice:
+    raise JobError(f"two perturbations are called {twice[0]!r}; rename one.")
+
+
+def _program(run, plan):
+  """Hash of a crafting step, in which steps and schedules are literals."""
+  part, classes = run.parts.train, len(run.parts.train.class_names)
+  batch = next(data.batches(part, 2))
+  batch["decision"] = batch["label"]
+  image = jnp.asarray(batch["image"])
+  weights = jnp.zeros((image[0].size, classes))
+
+  def step(eps):
+    uap = crafting.build(plan, eps)
+    state = uap.init(jax.random.key(0), image[0])
+    return uap.step(lambda x: x.reshape(len(x), -1) @ weights, state, batch)[0].delta
+
+  return f"{plan.steps} steps of {fingerprints.program(step, 0.1)}"
 
 
 def _aims(study, class_names) -> dict[int, str]:
@@ -219,13 +264,30 @@ def _cells(run: Run, victim: str) -> Iterator[Cell]:
       yield Cell(victim, share, name)
 
 
+def _measure_per_image(run, subject, victim, share):
+  """What attacks on single images reach, once per victim and share."""
+  file = _folder(run, Cell(victim, share, "")) / "per_image.json"
+  if not file.exists():
+    eps = radius(run, share)
+    rate = crafting.per_image(subject, eps, norm=run.study.norm)
+    records.write_json(file, {"eps": eps, "fooling": rate})
+
+
+def radius(run: Run, share: float) -> float:
+  """The radius of a share of the mean norm of the training images."""
+  images = jnp.asarray(victims.as_float(run.parts.train.images))
+  return threats.share_of_norm(
+    images, share, norm=run.study.norm, norm_channels=run.study.norm_channels
+  )
+
+
 def _craft_cell(run, subject, cell):
   folder, plan = _folder(run, cell), run.plans[cell.name]
-  images = jnp.asarray(victims.as_float(run.parts.train.images))
-  eps = threats.share_of_norm(images, cell.share, norm=run.study.norm)
+  eps = radius(run, cell.share)
   started = time.perf_counter()
   label = f"{cell.victim} {cell.share:.0%} {cell.name}"
-  with run.victims.progress(label, plan.steps, 0) as advance:
+  show = run.victims.progress if plan.steps else silent
+  with show(label, plan.steps, 0) as advance:
     state = crafting.craft(
       plan, subject, eps, folder=folder / "checkpoints", advance=advance
     )
@@ -239,6 +301,7 @@ def _craft_cell(run, subject, cell):
     "seconds": seconds,
     "l2": float(jnp.linalg.norm(state.delta.ravel())),
     "linf": float(jnp.abs(state.delta).max()),
+    "nonfinite": int(state.nonfinite),
     "counts": {
       k: {v: t.tolist() for v, t in views.items()} for k, views in tables.items()
     },
@@ -278,11 +341,13 @@ def _row(run, cell):
     for view, table in views.items():
       rates = outcomes.rates(np.asarray(table), target=target)
       row |= {f"{name}_{split}_{view}": rates.get(name) for name in _RATES}
-  name = "fooling" if target is None else "targeted"
+  alone = _folder(run, cell._replace(name="")) / "per_image.json"
+  row["fooling_per_image"] = json.loads(alone.read_text())["fooling"]
   for control in CONTROLS:
     table = _record(run, cell._replace(name=control))["counts"]["test"]["stored"]
-    rate = outcomes.rates(np.asarray(table), target=target)[name]
-    row[f"{name}_{control.replace(' ', '_')}"] = rate
+    rates = outcomes.rates(np.asarray(table), target=target)
+    for name in ("fooling", "targeted"):
+      row[f"{name}_{control.replace(' ', '_')}"] = rates.get(name)
   return {k: None if v != v else v for k, v in row.items()}
 
 

@@ -52,20 +52,24 @@ def pattern(delta: np.ndarray) -> tuple[np.ndarray, float]:
 def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
   """Heads and lines, one line per victim and share; rates on test images as stored.
 
-  Of the perturbations with a target it gives the mean over the targets, and the worst.
+  Of the perturbations with a target it gives how many images they fool at best, and the
+  share that reaches the target: the mean over the targets, and the worst.
   """
   names = list(dict.fromkeys(row["perturbation"] for row in results["rows"]))
   cells = {(r["victim"], r["share"], r["perturbation"]): r for r in results["rows"]}
   aimed = {row["perturbation"] for row in results["rows"] if row["target"] is not None}
   free = [name for name in names if name not in aimed]
-  heads = ["victim", "accuracy", "share", *free, "one class"]
-  heads += ["targeted, mean", "worst"] if aimed else []
+  heads = ["victim", "accuracy", "share", *free, "per image", "one class"]
+  heads += ["best target fools", "targeted, mean", "worst"] if aimed else []
   lines = []
   for victim, share in dict.fromkeys((v, s) for v, s, _ in cells):
     rates = [cells[victim, share, name]["fooling_test_stored"] for name in free]
-    rates.append(cells[victim, share, free[0]]["one_class_test_stored"])
+    same = cells[victim, share, free[0]]  # as in every row of this victim and share
+    rates += [same["fooling_per_image"], same["one_class_test_stored"]]
     if aimed:
-      reached = [cells[victim, share, n]["targeted_test_stored"] for n in aimed]
+      rows = [cells[victim, share, name] for name in aimed]
+      reached = [row["targeted_test_stored"] for row in rows]
+      rates.append(max(row["fooling_test_stored"] for row in rows))
       rates += [sum(reached) / len(reached), min(reached)]
     accuracy = results["victims"][victim]["accuracy"]
     lines.append([victim, _percent(accuracy), f"{share:.1%}", *map(_percent, rates)])

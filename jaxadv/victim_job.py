@@ -182,7 +182,7 @@ def plan(recipe: Recipe, parts: Parts, folder: pathlib.Path) -> Task:
   Raises:
     JobError: for a class without training images, labels that cannot be balanced, a
       model that cannot take the images or gives other logits than the labels need, and
-      weights to start from that cannot be read or do not fit.
+      a `start`, `loss` or `augment` that fails.
   """
   try:
     if recipe.balance or parts.train.kind == "class":
@@ -192,8 +192,8 @@ def plan(recipe: Recipe, parts: Parts, folder: pathlib.Path) -> Task:
   _check_model(recipe, parts.train)
   try:
     settings = victims.describe(recipe, parts.train, parts.validation)
-  except (OSError, ValueError, ImportError) as error:
-    raise JobError(f"`start`: {error}") from error
+  except ValueError as error:
+    raise JobError(str(error)) from error
   return Task(recipe, parts, folder, settings)
 
 
@@ -222,16 +222,20 @@ def train(task: Task, *, progress: Progress = silent) -> Victim:
 
   Raises:
     RecordError: when the folder holds another victim.
+    JobError: for a torn checkpoint, or one of another model.
   """
   recipe, parts, folder, settings = task
   records.check_same_run(folder / "settings.json", settings)
-  variables, step, score = victims.train(
-    recipe,
-    parts.train,
-    folder / "checkpoints",
-    validation=parts.validation,
-    progress=progress,
-  )
+  try:
+    variables, step, score = victims.train(
+      recipe,
+      parts.train,
+      folder / "checkpoints",
+      validation=parts.validation,
+      progress=progress,
+    )
+  except ValueError as error:
+    raise JobError(f"{folder}: {error}") from error
   predict = victims.predictor(recipe.model)
   evaluation = victims.assess(predict, variables, parts.test)
   if parts.validation is not None:
@@ -318,7 +322,8 @@ def _check_parts(recipe, parts):
       raise JobError(f"train and {word} part have other classes; use one source.")
   # A source without split words gives the same images to val and test.
   if parts.validation is not None and recipe.val_split is not None:
-    shared = set(parts.validation.ids.tolist()) & set(parts.test.ids.tolist())
+    seen = {image.tobytes() for image in parts.validation.images}
+    shared = seen & {image.tobytes() for image in parts.test.images}
     if shared:
       raise JobError(
         f"{len(shared)} validation images are test images too; write a `holdout`."

@@ -8,9 +8,7 @@ current ones: whatever moment a run is killed at, it goes on to the same choice.
 """
 
 import functools
-import hashlib
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import checkpoints, data, loops, masks, metrics, scores, training
+from jaxadv import (
+  checkpoints,
+  data,
+  fingerprints,
+  loops,
+  masks,
+  metrics,
+  scores,
+  training,
+)
 from jaxadv.experiments import Recipe
 from jaxadv.progress import Progress, silent
 
@@ -29,7 +36,6 @@ __all__ = [
   "assess",
   "describe",
   "evaluate",
-  "fingerprint",
   "flax_apply",
   "output_shape",
   "predictions",
@@ -103,19 +109,19 @@ def describe(
   logits = jnp.zeros(output_shape(recipe.model, dataset)[1:])
   augment = recipe.augment
   return {
-    "model": _without_addresses(recipe.model),
-    "start": recipe.start and _started(recipe, dataset),
-    "optimizer": _program(recipe, dataset),
-    "loss": _traced(_loss(recipe, dataset), logits, label),
-    "augment": augment and _traced(augment, jax.random.key(0), image, label),
+    "model": fingerprints.text(recipe.model),
+    "start": recipe.start and fingerprints.arrays(_initial(recipe, dataset)),
+    "optimizer": _update_program(recipe, dataset),
+    "loss": _named("loss", _loss(recipe, dataset), logits, label),
+    "augment": augment and _named("augment", augment, jax.random.key(0), image, label),
     "train_steps": recipe.train_steps,
     "batch_size": recipe.batch_size,
     "balance": recipe.balance,
     "seed": recipe.seed,
-    "train_data": fingerprint(dataset),
+    "train_data": fingerprints.dataset(dataset),
     # Only checkpoints are candidates, so their spacing decides with the images.
     "selected_on": validation
-    and f"{fingerprint(validation)} every {recipe.checkpoint_every} steps",
+    and f"{fingerprints.dataset(validation)} every {recipe.checkpoint_every} steps",
   }
 
 
@@ -161,11 +167,12 @@ def train(
       for labels that cannot be balanced.
   """
   done = checkpoints.latest(folder)
-  start = functools.partial(_start, recipe, dataset, validation is not None)
+  start = functools.partial(_start, recipe, validation is not None)
   if done is None:
-    state = jax.jit(start)()
+    state = jax.jit(start)(_initial(recipe, dataset))
   else:
-    state = checkpoints.restore(folder, jax.eval_shape(start))
+    shapes = jax.eval_shape(recipe.model.init, jax.random.key(0), _example(dataset))
+    state = checkpoints.restore(folder, jax.eval_shape(start, shapes))
   if (done or 0) < recipe.train_steps:
     state = _fit(recipe, dataset, validation, folder, state, done or 0, progress)
   return state.best or _trained(state.train)
@@ -203,7 +210,7 @@ def assess(
   variables: Variables,
   dataset: data.Dataset,
   *,
-  batch_size: int = 32,
+  batch_size: int = 8,
 ) -> dict[str, Any]:
   """How good a victim is on labelled images, by the kind of their labels.
 
@@ -218,7 +225,7 @@ def assess(
     `scores.label_sets`.
   """
   if dataset.kind == "mask":
-    decided = predictions(predict, variables, dataset.images, batch_size=8)
+    decided = predictions(predict, variables, dataset.images, batch_size=batch_size)
     return evaluate(decided, dataset)
   call = functools.partial(_answer, predict, variables)
   logits = _over_batches(call, dataset.images, batch_size)
@@ -285,12 +292,25 @@ def _loss(recipe, dataset):
   return recipe.loss or _LOSSES[dataset.kind]
 
 
-def _start(recipe, dataset, selects):
+def _initial(recipe, dataset):
+  """The variables that training starts from; `recipe.start` sees arrays, no tracers."""
   key = jax.random.key(recipe.seed)
-  variables = recipe.model.init(key, _example(dataset))
-  if recipe.start is not None:
-    variables = recipe.start(variables)
-  variables = dict(variables)
+  fresh = jax.jit(recipe.model.init)(key, _example(dataset))
+  if recipe.start is None:
+    return fresh
+  return _blamed("start", recipe.start, fresh)
+
+
+def _blamed(name, function, *arguments):
+  """Calls a part of a config; what it raises names the part."""
+  try:
+    return function(*arguments)
+  except Exception as error:  # a config's part may fail in any way
+    raise ValueError(f"`{name}`: {type(error).__name__}: {error}") from error
+
+
+def _start(recipe, selects, variables):
+  key, variables = jax.random.key(recipe.seed), dict(variables)
   params = variables.pop("params")
   state = training.init_state(key, params, variables, recipe.optimizer)
   return _State(state, _trained(state) if selects else None)
@@ -347,39 +367,14 @@ def _better(best, state, predict, validation):
   return now if now.score >= best.score else best
 
 
-def _program(recipe, dataset):
-  """Hash of the update's program, where learning rates and schedules are literals."""
+def _update_program(recipe, dataset):
+  """Hash of the optimizer's update, where learning rates and schedules are literals."""
   example = jax.eval_shape(lambda: _example(dataset))
   params = jax.eval_shape(recipe.model.init, jax.random.key(0), example)["params"]
   state = jax.eval_shape(recipe.optimizer.init, params)
-  program = jax.make_jaxpr(recipe.optimizer.update)(params, state, params)
-  return hashlib.sha256(_without_addresses(program).encode()).hexdigest()[:12]
+  return fingerprints.program(recipe.optimizer.update, params, state, params)
 
 
-def _traced(function, *arguments):
-  """Name of a function and hash of its program, in which its numbers are literals."""
+def _named(part, function, *arguments):
   name = getattr(function, "__qualname__", type(function).__name__)
-  program = _without_addresses(jax.make_jaxpr(function)(*arguments))
-  return f"{name} {hashlib.sha256(program.encode()).hexdigest()[:12]}"
-
-
-def _started(recipe, dataset):
-  """Hash of what training starts from, wherever its file lies."""
-  state = jax.jit(functools.partial(_start, recipe, dataset, False))()
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves((state.train.params, state.train.extra)):
-    digest.update(np.asarray(leaf).tobytes())
-  return digest.hexdigest()[:12]
-
-
-def _without_addresses(value):
-  return re.sub(r" at 0x\w+", "", str(value))
-
-
-def fingerprint(dataset: data.Dataset) -> str:
-  """Hash of images, labels and ids, to tell data sets apart."""
-  digest = hashlib.sha256()
-  for array in (dataset.images, dataset.labels, dataset.ids):
-    digest.update(f"{array.shape} {array.dtype}".encode())
-    digest.update(np.ascontiguousarray(array).tobytes())
-  return digest.hexdigest()[:12]
+  return f"{name} {_blamed(part, fingerprints.program, function, *arguments)}"

@@ -44,11 +44,16 @@ def random_keras(build):
         rng, shape, positive=positive
       )
       patch.setattr(getattr(initializers, kind), "__call__", draw)
-    keras.config.set_floatx("float64")
     try:
+      _keras_precision(keras, "float64")
       return build(keras)
     finally:
-      keras.config.set_floatx(before)
+      _keras_precision(keras, before)
+
+
+def _keras_precision(keras, name):
+  keras.config.set_floatx(name)
+  keras.config.set_dtype_policy(name)  # which keeps to the precision of its first use
 
 
 def random_torch(build):

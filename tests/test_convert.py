@@ -168,8 +168,53 @@ def test_a_checkpoint_of_torch_is_read_without_running_it(tmp_path):
   assert set(layers["1"]) == {"scale", "bias", "mean", "var"}
   helpers.assert_trees_equal(convert.read_torch(tmp_path / "b.safetensors"), layers)
   torch.save(pathlib.PurePosixPath("code"), tmp_path / "c.pth")
-  with pytest.raises(Exception, match=r"weights_only|Weights only"):
-    convert.read_torch(tmp_path / "c.pth")
+  with pytest.raises(ValueError, match=r"torn or no file .*(?i:weights.only)"):
+    convert.load(tmp_path / "c.pth", models.resnet18(), {})
+  torch.save({"state_dict": state, "epoch": 3}, tmp_path / "d.pth")
+  with pytest.raises(ValueError, match=r"'state_dict' is no array; save the model's"):
+    convert.load(tmp_path / "d.pth", models.resnet18(), {})
+
+
+def test_a_fitted_model_of_keras_is_read_without_its_optimizer(tmp_path):
+  keras = pytest.importorskip("keras")
+
+  def build(keras):
+    layers = keras.layers
+    inputs = layers.Input((8, 8, 3))
+    x = layers.Dropout(0.5)(layers.Flatten()(layers.Conv2D(4, 3)(inputs)))
+    return keras.Model(inputs, layers.Dense(3, name="predictions")(x))
+
+  with helpers.x64(), jax.numpy_rank_promotion("allow"):
+    network = foreign.random_keras(build)
+    network.compile(keras.optimizers.Adam(), "mse", metrics=["accuracy"])
+    network.fit(np.zeros((4, 8, 8, 3)), np.zeros((4, 3)), verbose=0)
+  network.save(tmp_path / "a.keras")
+  network.save_weights(tmp_path / "b.weights.h5")
+  for path in tmp_path.iterdir():
+    assert set(convert.read_keras(path)) == {"conv2d_0", "predictions"}
+
+
+def test_the_names_of_older_densenets_are_known(tmp_path):
+  safetensors = pytest.importorskip("safetensors.numpy")
+  name = "features.denseblock1.denselayer2.norm.1.weight"
+  safetensors.save_file({name: np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+  found = convert.read_torch(tmp_path / "a.safetensors")
+  assert list(found) == ["features.denseblock1.denselayer2.norm1"]
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "keras", "weights.h5"])
+def test_a_torn_file_is_named(suffix, tmp_path):
+  path = tmp_path / f"a.{suffix}"
+  path.write_bytes(b"PK not this")
+  variant = "keras" if suffix in ("keras", "weights.h5") else "torch"
+  model = LITE if suffix == "npz" else models.resnet50(variant=variant)
+  with pytest.raises(ValueError, match=r"a\.\w+.* is torn or no file of weights"):
+    convert.load(path, model, {})
+
+
+def test_group_norm_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="write norm='batch'"):
+    convert.load("a.pth", models.resnet18(norm="group"), {})
 
 
 LITE = models.EfficientNetLite0(3, width=0.25)

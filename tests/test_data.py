@@ -415,8 +415,10 @@ def test_a_share_of_every_class_is_held_out():
 def test_shares_that_hold_nothing_out_are_refused():
   with pytest.raises(ValueError, match=r"is 1\.0; write one in \(0, 1\)"):
     data.hold_out(_numbered(5), 1.0)
-  with pytest.raises(ValueError, match=r"0\.01 of 20 images is none"):
-    data.hold_out(_classes([10, 10]), 0.01)
+  with pytest.raises(ValueError, match=r"0\.3 of 2 images is none"):
+    data.hold_out(_classes([1, 1]), 0.3)
+  # of every class that has two images, one is held out
+  assert len(data.hold_out(_classes([10, 10, 1]), 0.01)[1].images) == 2
 
 
 def test_resizing_keeps_range_dtype_and_labels():

@@ -198,7 +198,7 @@ def test_features():
     (
       lambda: attacks.pgd(0.1, keep="first"),
       ValueError,
-      r"`keep` is 'first'; write \"last\", \"best\"",
+      r"`keep` is 'first'; write one of last, best",
     ),
     (
       lambda: attacks.mafl(low_band="dct"),
@@ -222,6 +222,23 @@ def test_features():
       r"got no attacks; write best_of\(first, second\)",
     ),
     (lambda: combine.with_restarts(PGD, 0), ValueError, r"`n` is 0"),
+    (lambda: attacks.smia(-0.1), ValueError, r"`eps` is -0.1"),
+    (lambda: attacks.di_fgsm(0.1, shrink=-1.0), ValueError, r"`shrink` is -1.0"),
+    (
+      lambda: attacks.di_fgsm(0.1, probability=3.0),
+      ValueError,
+      r"`probability` is 3.0; it must be a number in \[0, 1\]",
+    ),
+    (
+      lambda: attacks.universal(0.1, step_size=-0.1),
+      ValueError,
+      r"`step_size` is -0.1",
+    ),
+    (
+      lambda: attacks.universal(0.1, norm="l1"),
+      ValueError,
+      r"`norm` is 'l1'; write one of linf, l2",
+    ),
   ],
 )
 def test_numbers_and_names_are_checked_while_building(make, error, message):

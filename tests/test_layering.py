@@ -55,9 +55,10 @@ APPLICATION = {
   | {"job", "universal_job", "universal_report", "victim_job"},
   "crafting": LIBRARY,
   "experiments": LIBRARY,
+  "fingerprints": {"data"},
   "job": LIBRARY
   | {"experiments", "progress", "records", "report", "summaries", "trials", "victims"}
-  | {"victim_job"},
+  | {"fingerprints", "victim_job"},
   "progress": set(),
   "records": set(),
   "report": LIBRARY | {"summaries", "records"},
@@ -67,10 +68,10 @@ APPLICATION = {
   "trials": LIBRARY | {"experiments"},
   "universal_job": LIBRARY
   | {"crafting", "experiments", "progress", "records", "report", "summaries"}
-  | {"universal_report", "victim_job", "victims"},
+  | {"fingerprints", "universal_report", "victim_job", "victims"},
   "universal_report": LIBRARY | {"report"},
   "victim_job": LIBRARY | {"experiments", "progress", "records", "victims"},
-  "victims": LIBRARY | {"experiments", "progress"},
+  "victims": LIBRARY | {"experiments", "fingerprints", "progress"},
 }
 # third-party packages that only some files may import
 ONLY = {

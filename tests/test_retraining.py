@@ -57,9 +57,7 @@ def victim():
   return subject, schedule
 
 
-PLAN = crafting.Plan(
-  functools.partial(attacks.universal, norm="l2", num_steps=8), None, 8, 12, 0, 50
-)
+PLAN = crafting.Plan(attacks.universal, "l2", None, 8, 12, 0, 50)
 
 
 def accuracy(subject):

@@ -52,12 +52,9 @@ def test_vector_1_the_kernel_is_centred():
   half = filters.gaussian_kernel(1.0, 5)[2:]
   released = half / half.sum()
   np.testing.assert_allclose(released, [0.5740970, 0.3482074, 0.0776956], atol=5e-8)
-  totals = 3 * released  # of the three output channels of its mixing
-  np.testing.assert_allclose(totals, [1.7222910, 1.0446223, 0.2330867], atol=1.5e-7)
   impulse = jnp.zeros((1, 5, 5, 1)).at[0, 2, 2].set(1.0)
   seen = twin(impulse, jnp.zeros_like(impulse))
   np.testing.assert_allclose(seen[0, 1:4, 1:4, 0], np.outer(taps, taps), atol=1e-12)
-  assert not np.allclose(totals, 1, atol=0.01)
   assert seen.sum() == pytest.approx(1, abs=1e-12)
 
 

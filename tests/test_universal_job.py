@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import helpers
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from PIL import Image
 from jaxadv import cli, experiments, universal_job
 
 CONFIG = """
-import functools, optax
+import optax
 from jaxadv import attacks, training
 from jaxadv.experiments import Recipe, UniversalStudy
 from jaxadv.models import ConvNet
@@ -26,11 +27,8 @@ def get_config(*, quick=False):
       model=ConvNet(num_classes=3, width=4, depth=2), optimizer=optax.adam(1e-2),
       data=("PACK",), loss=training.cross_entropy, train_steps=20, batch_size=6,
     )},
-    perturbations={
-      "universal": functools.partial(attacks.universal, norm="l2", num_steps=STEPS),
-    },
-    targeted=functools.partial(
-      attacks.targeted_universal, norm="l2", num_steps=STEPS),
+    perturbations={"universal": attacks.universal},
+    targeted=attacks.targeted_universal,
     targets=(TARGET,), norm="l2", shares=(0.1, 0.5), craft_steps=STEPS,
     craft_batch=BATCH, checkpoint_every=3,
   )
@@ -111,6 +109,10 @@ def test_crafted_perturbations_beat_the_controls_and_reach_their_target(finished
   found = {(r["perturbation"], r["share"]): r for r in results["rows"]}
   best = found["universal", 0.5]["fooling_test_stored"]
   assert best > found["random sign", 0.5]["fooling_test_stored"] + 0.3
+  # an image may have a perturbation of its own; it is not worse off for that
+  assert found["universal", 0.5]["fooling_per_image"] >= best
+  smaller = found["universal", 0.1]["fooling_per_image"]
+  assert smaller <= found["universal", 0.5]["fooling_per_image"]
   assert found["to red", 0.5]["targeted_test_stored"] > 0.9
   assert found["universal", 0.5]["targeted_test_stored"] is None
 
@@ -138,6 +140,37 @@ def test_a_finished_run_is_not_computed_again(finished):
   times = {path: path.stat().st_mtime_ns for path in run.folder.glob("p*/**/uap.npy")}
   assert universal_job.craft(run)["rows"] == results["rows"]
   assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def table(text):
+  """Cells of the Markdown rows below the heads."""
+  lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+  return [[cell.strip("| `") for cell in line] for line in lines[1:]]
+
+
+def test_the_benchmark_of_speed(finished, capsys):
+  run, _ = finished
+  config = run.folder.parent / "colors.py"
+  words = [str(config), "--out", str(run.folder), "--share", "0.5", "--level", "0.2"]
+  helpers.benchmark("uap").main(words)
+  found = table(capsys.readouterr().out)
+  assert [line[1] for line in found] == NAMES[:2]
+  for line in found:
+    assert float(line[2].split()[0]) > 0
+    assert 0.2 <= float(line[5]) <= 1  # the six steps of the study get that far
+
+
+def test_the_benchmark_of_retraining_resumes(finished, capsys):
+  run, _ = finished
+  config = run.folder.parent / "colors.py"
+  words = [str(config), "--out", str(run.folder), "--share", "0.2", "--rounds", "1"]
+  words += ["--epochs", "1", "--pool", "2", "--rates", "1e-3"]
+  helpers.benchmark("retraining").main(words)
+  found = table(capsys.readouterr().out)
+  assert [line[3] for line in found] == ["0", "1"] * 2
+  assert len({line[1] for line in found}) == 2
+  helpers.benchmark("retraining").main(words)
+  assert table(capsys.readouterr().out) == found
 
 
 def test_a_killed_run_ends_with_the_same_bits(pack, tmp_path):

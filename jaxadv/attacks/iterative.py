@@ -115,8 +115,7 @@ def pgd(
 
   Reference: Madry et al., ICLR 2018, arXiv 1706.06083.
   """
-  if norm not in _THREATS:
-    raise ValueError(f"`norm` is {norm!r}; write one of {', '.join(_THREATS)}.")
+  inputs.check_choice("norm", norm, tuple(_THREATS))
   step_size = _step_size(eps, step_size, num_steps, 2.5)
   directions = {
     "linf": optax.scale_by_sign(),

@@ -1,4 +1,4 @@
-"""Pieces shared by the attacks on masks."""
+"""Pieces shared by the named attacks."""
 
 import functools
 from typing import Any, Literal

@@ -87,6 +87,7 @@ def smia(
   """
   inputs.check_share("weight", weight)
   inputs.check_choice("reference", reference, ("soft", "hard"))
+  inputs.check_positive("eps", eps)
   step_size = eps / 4 if step_size is None else step_size
   inputs.check_positive("step_size", step_size)
   objective = Objective(

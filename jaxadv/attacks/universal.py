@@ -45,6 +45,7 @@ def universal(
   step_size: Scalar | optax.Schedule | None = None,
   num_steps: int | None = None,
   decay: Scalar = 0.0,
+  transform: optax.GradientTransformation | None = None,
   loss: LossFn | None = None,
   prepare: PrepareFn = targets.predictions,
   axis_name: str | None = None,
@@ -52,11 +53,12 @@ def universal(
 ) -> Universal:
   """Minibatch ascent on the capped cross-entropy: the form that scales to a pod.
 
-      g = mean_i grad min(CE(c_i, f(clip(x_i + v))), 10)
-      m <- decay m + g / mean|g|,  v <- project(v + step_size * direction(m))
+      g = mean_i grad min(CE(c_i, f(clip(x_i + v))), 2)
+      m <- decay m + g / ||g||_1,  v <- project(v + step_size * direction(m))
 
   with `direction` the sign (Linf) or `m / ||m||` (L2). The cap keeps images that are
-  fooled already from leading the others.
+  fooled already, those whose class is left with less than an eighth, from leading the
+  others.
 
   Args:
     eps: radius.
@@ -66,6 +68,8 @@ def universal(
       Large first steps leave the class that the first batches happen to point at.
     num_steps: steps you are going to take; only the default step size reads it.
     decay: of the momentum.
+    transform: in place of step size and momentum, such as `optax.adam(1e-3)`; it sees
+      the mean gradient of the cost, minus the loss.
     loss: raised on average; `losses.until_fooled(losses.cross_entropy)` is the rule of
       the iterative algorithm at batch size.
     prepare: what the loss compares with: the model's clean decision, read from
@@ -90,16 +94,16 @@ def universal(
     >>> print(state.delta)
     [-0.2 -0.2]
 
-  Differs from the released code of sgd-uap (constant step of 0.8 eps; the truth as
-  label), which stalls: see docs/universal.md.
+  Differs from the released code of sgd-uap: a constant step of 0.8 eps and a cap of 12
+  (10 on CIFAR), which stall (see docs/universal.md), and the truth as label.
 
   Reference: Shafahi et al., AAAI 2020, arXiv 1811.11304.
   """
-  loss = losses.cap(losses.cross_entropy, 10.0) if loss is None else loss
+  loss = losses.cap(losses.cross_entropy, 2.0) if loss is None else loss
   return universal_attack(
     Objective(loss, prepare=prepare),
     _threat(eps, norm, bounds),
-    _ascent(eps, norm, step_size, num_steps, decay),
+    transform or _ascent(eps, norm, step_size, num_steps, decay),
     axis_name=axis_name,
   )
 
@@ -112,6 +116,8 @@ def targeted_universal(
   step_size: Scalar | optax.Schedule | None = None,
   num_steps: int | None = None,
   decay: Scalar = 0.0,
+  transform: optax.GradientTransformation | None = None,
+  loss: LossFn = losses.cross_entropy,
   axis_name: str | None = None,
   bounds: Bounds = (0.0, 1.0),
 ) -> Universal:
@@ -127,6 +133,9 @@ def targeted_universal(
     step_size: as for `universal`.
     num_steps: as for `universal`.
     decay: of the momentum.
+    transform: as for `universal`.
+    loss: lowered on average; `losses.until_reached(losses.cross_entropy)` is the rule
+      of the iterative algorithm at batch size.
     axis_name: of the mapped axis of devices, under `pmap`.
     bounds: valid range of images.
 
@@ -139,14 +148,14 @@ def targeted_universal(
   Reference: Hirano et al., BMC Medical Imaging 21:9 (2021).
   """
   objective = Objective(
-    losses.negate(losses.cross_entropy),
+    losses.negate(loss),
     prepare=targets.constant(target),
     success=reached,
   )
   return universal_attack(
     objective,
     _threat(eps, norm, bounds),
-    _ascent(eps, norm, step_size, num_steps, decay),
+    transform or _ascent(eps, norm, step_size, num_steps, decay),
     axis_name=axis_name,
   )
 
@@ -179,6 +188,10 @@ def sequential_universal(
   Returns:
     A `Universal`; its metrics are `success`, the share fooled when visited, and
     `accepted`, the share whose step was taken.
+
+  Differs from the released code, which shuffles the images, makes up to 15 passes and
+  stops when all are fooled: here that is up to whoever draws the batches. Its
+  projection divides by the norm plus 1e-7.
 
   Reference: Hirano et al., BMC Medical Imaging 21:9 (2021); Moosavi-Dezfooli et al.,
   CVPR 2017, arXiv 1610.08401.
@@ -254,8 +267,7 @@ def random_universal(
     >>> print(jnp.abs(state.delta))
     [0.2 0.2 0.2]
   """
-  if kind not in ("ball", "sign"):
-    raise ValueError(f'`kind` is {kind!r}; write "ball" or "sign".')
+  inputs.check_choice("kind", kind, ("ball", "sign"))
   threat = _threat(eps, norm, bounds)
   if kind == "sign":
     threat = threat._replace(init=functools.partial(_signs, eps, norm))
@@ -264,14 +276,15 @@ def random_universal(
 
 
 def _threat(eps, norm, bounds) -> Threat:
-  if norm not in _THREATS:
-    raise ValueError(f"`norm` is {norm!r}; write one of {', '.join(_THREATS)}.")
+  inputs.check_choice("norm", norm, tuple(_THREATS))
   return _THREATS[norm](eps, bounds=bounds)
 
 
 def _ascent(eps, norm, step_size, num_steps, decay):
   if num_steps is not None:
     inputs.check_num_steps(num_steps)
+  if step_size is not None and not callable(step_size):
+    inputs.check_positive("step_size", step_size)
   if step_size is None and num_steps is None:
     step_size = 0.3 * eps
   elif step_size is None:

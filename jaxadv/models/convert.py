@@ -27,6 +27,8 @@ __all__ = ["load", "read_keras", "read_npz", "read_torch"]
 
 # name of a layer -> name of an array in our words (kernel, mean, ...) -> array
 Layers = dict[str, dict[str, np.ndarray]]
+# Where Keras keeps the layers of a model in a file, now and formerly.
+_LAYERS = ("layers", "_layer_checkpoint_dependencies")
 
 
 def load(
@@ -68,8 +70,8 @@ def load(
     "npz": names.npz_namer,
   }[framework](model)
   _check_variant(path, model, framework)
-  layers = read(path)
-  dense = head if isinstance(head, str) else names.head_name(model, framework)
+  layers = _read(read, path)
+  dense = head if isinstance(head, str) else _head(layers, model, framework)
   return _fill(variables, layers, namer, dense, keep_head=head is False)
 
 
@@ -101,10 +103,15 @@ def read_torch(path: str | os.PathLike) -> Layers:
   else:
     torch = _import("torch")
     loaded = torch.load(path, map_location="cpu", weights_only=True)
+    others = [name for name, value in loaded.items() if not hasattr(value, "numpy")]
+    if others:
+      raise ValueError(f"{others[0]!r} is no array; save the model's state_dict().")
     state = {name: tensor.numpy() for name, tensor in loaded.items()}
   layers: Layers = {}
   for name, array in state.items():
     layer, _, kind = name.rpartition(".")
+    # the published DenseNets still have the names of an older torchvision
+    layer = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])$", r"\1\2", layer)
     if kind != "num_batches_tracked":
       layers.setdefault(layer, {}).update(_from_torch(kind, array))
   return layers
@@ -136,6 +143,28 @@ def _reader(path) -> tuple[str, Callable]:
   )
 
 
+def _read(read, path) -> Layers:
+  """The layers of a file; whatever its reader raises, the message names the file."""
+  try:
+    return read(path)
+  except (ImportError, FileNotFoundError):
+    raise
+  except Exception as error:  # every format has errors of its own
+    reason = f"{type(error).__name__}: {error}"
+    raise ValueError(
+      f"{os.fspath(path)!r} is torn or no file of weights ({reason})."
+    ) from error
+
+
+def _head(layers, model, framework) -> str:
+  """The published name of the last dense layer; that of older Keras files differs."""
+  name = names.head_name(model, framework)
+  if framework == "keras" and name not in layers:
+    dense = [k for k, v in layers.items() if v.get("kernel", np.empty(0)).ndim == 2]
+    return dense[-1] if dense else name
+  return name
+
+
 def _import(name: str) -> ModuleType:
   try:
     return importlib.import_module(name)
@@ -148,6 +177,10 @@ def _import(name: str) -> ModuleType:
 
 
 def _check_variant(path, model, framework):
+  if getattr(model, "norm", None) == "group":
+    raise ValueError(
+      "the model has norm='group', which no published weights have; write norm='batch'."
+    )
   variant = getattr(model, "variant", framework)
   if variant != framework:
     raise ValueError(
@@ -161,6 +194,9 @@ def _arrays(file):
   found = {}
 
   def visit(path, group):
+    top, *inner = path.split("/")
+    if top not in _LAYERS or "seed_generator" in inner:
+      return  # states of the optimizer, of metrics and of random layers
     if path.endswith("vars") and len(group):
       if "name" not in group.attrs:
         raise ValueError(
@@ -176,7 +212,7 @@ def _arrays(file):
 def _legacy_arrays(root):
   decoded = lambda names: [n.decode() if isinstance(n, bytes) else n for n in names]
   return {
-    layer: [
+    layer.replace("/", "_"): [
       np.asarray(root[layer][n]) for n in decoded(root[layer].attrs["weight_names"])
     ]
     for layer in decoded(root.attrs["layer_names"])

@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxadv.models import convolution, layers
 
@@ -26,6 +25,7 @@ class ConvNet(nn.Module):
       Parameters are float32, and so are the logits (float64 for float64 images).
 
   Example:
+    >>> import jax.numpy as jnp
     >>> model = ConvNet(num_classes=3, width=8, depth=2)
     >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
     >>> logits, features = model.apply(variables, jnp.zeros((5, 16, 16, 1)))
@@ -66,8 +66,7 @@ class ConvNet(nn.Module):
       )
       x = features[name] = block(x, train)
     x = features["pooled"] = x.mean(tuple(range(1, x.ndim - 1)))
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return nn.Dense(self.num_classes, dtype=dtype, name="head")(x), features
+    return layers.head(x, self.num_classes), features
 
 
 def _check(image, depth):

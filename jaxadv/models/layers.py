@@ -182,6 +182,7 @@ def check_image(image: jax.Array, smallest: int) -> None:
   """Refuses what a classifier whose smallest side is `smallest` cannot take.
 
   Raises:
+    TypeError: for images that are not float.
     ValueError: for a rank other than 4, other than 1 or 3 channels, shorter sides.
 
   Example:
@@ -190,6 +191,8 @@ def check_image(image: jax.Array, smallest: int) -> None:
     ...
     ValueError: the sides (20, 64) are too small; this network needs 32 at least. ...
   """
+  if not jax.numpy.issubdtype(image.dtype, jax.numpy.floating):
+    raise TypeError(f"images have dtype {image.dtype}; divide by 255 first.")
   if image.ndim != 4:
     raise ValueError(
       f"the image batch has shape {image.shape}; a classifier needs (B, H, W, C). "

@@ -34,8 +34,9 @@ class UNet(nn.Module):
 
   Example:
     >>> model = UNet(width=8, depth=2)
-    >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
-    >>> logits, features = model.apply(variables, jnp.zeros((3, 16, 16, 1)))
+    >>> key, images = jax.random.key(0), jnp.zeros((3, 16, 16, 1))
+    >>> outputs, _ = jax.eval_shape(model.init_with_output, key, images)
+    >>> logits, features = outputs
     >>> logits.shape, sorted(features)
     ((3, 16, 16, 2), ['bottleneck', 'dec1', 'dec2', 'enc1', 'enc2'])
 
