@@ -22,6 +22,7 @@ def get_config(*, quick: bool = False) -> UniversalStudy:
     quick=quick,
     test_split="val",
     train_steps=400,
+    craft_steps=60,
     holdout=0.05,
     side=32,
     balance=True,

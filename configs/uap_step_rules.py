@@ -85,6 +85,7 @@ def get_config(*, quick: bool = False) -> UniversalStudy:
     "cxr_pneumoniamnist_28.npz",
     quick=quick,
     train_steps=400,
+    craft_steps=60,
     test_split="val",
     holdout=0.05,
     side=32,

@@ -131,7 +131,7 @@ def craft(
   start = functools.partial(_start, rule, jax.random.key(plan.seed), image)
   done = 0 if folder is None else checkpoints.latest(folder) or 0
   if folder is None or not done:
-    state = jax.jit(start)(aim)
+    state = start(aim)
   else:
     state = checkpoints.restore(folder, jax.eval_shape(start, aim))
   step = functools.partial(_step, rule, subject.predict, aim, subject.variables)
@@ -230,6 +230,7 @@ def _build(rule, aim):
   return make(eps, norm=norm, **options)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _start(rule, key, image, aim):
   return _build(rule, aim).init(key, image)
 

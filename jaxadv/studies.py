@@ -128,7 +128,7 @@ def universal_grid(
   *,
   quick: bool = False,
   train_steps: int = 200,
-  craft_steps: int = 60,
+  craft_steps: int = 30,
   learning_rate: float = 0.05,
   **recipe: Any,
 ) -> UniversalStudy:
@@ -139,7 +139,8 @@ def universal_grid(
     source: data of all victims.
     quick: one victim, one target and one radius.
     train_steps: of each victim.
-    craft_steps: batches of 32 images per perturbation.
+    craft_steps: batches of 32 images per perturbation; on hundreds of images, 240
+      do no better (docs/universal.md).
     learning_rate: of the victims; see `stepped_sgd`.
     **recipe: other fields of each `Recipe`.
 

@@ -176,11 +176,7 @@ def craft(run: Run) -> dict[str, Any]:
     records.check_same_run(run.folder / "settings.json", run.settings)
     evaluations = {}
     for name, task in run.victims.tasks.items():
-      victim = victim_job.train(task, progress=run.victims.progress)
-      evaluations[name] = victim.evaluation
-      attacked = crafting.subject(
-        victim.predict, victim.variables, task.parts.train, task.parts.test
-      )
+      attacked, evaluations[name] = _trained(run, task)
       for share in run.study.shares:
         _measure_per_image(run, attacked, name, share)
       for cell in _cells(run, name):
@@ -199,13 +195,16 @@ def subject(run: Run, name: str) -> crafting.Subject:
   Raises:
     RecordError: when the folder holds another run, or another run is using it.
   """
-  task = run.victims.tasks[name]
   with records.lock(run.folder):
     records.check_same_run(run.folder / "settings.json", run.settings)
-    victim = victim_job.train(task, progress=run.victims.progress)
-  return crafting.subject(
-    victim.predict, victim.variables, task.parts.train, task.parts.test
-  )
+    return _trained(run, run.victims.tasks[name])[0]
+
+
+def _trained(run, task):
+  """The victim with its clean decisions, and its evaluation."""
+  victim = victim_job.train(task, progress=run.victims.progress)
+  parts = task.parts.train, task.parts.test
+  return crafting.subject(victim.predict, victim.variables, *parts), victim.evaluation
 
 
 def _check(run):

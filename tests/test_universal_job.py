@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxadv import cli, experiments, universal_job
+from jaxadv import cli, crafting, experiments, universal_job
 
 CONFIG = """
 import optax
@@ -140,6 +140,21 @@ def test_a_finished_run_is_not_computed_again(finished):
   times = {path: path.stat().st_mtime_ns for path in run.folder.glob("p*/**/uap.npy")}
   assert universal_job.craft(run)["rows"] == results["rows"]
   assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_a_new_radius_or_target_compiles_nothing(finished):
+  run, _ = finished
+  attacked = universal_job.subject(run, "small")
+  counts = lambda: (crafting._step._cache_size(), crafting._start._cache_size())
+  plan = run.plans["to red"]
+  crafting.craft(plan, attacked, 0.1)
+  before = counts()
+  for eps, target in ((0.2, 0), (0.3, 1), (0.4, 2)):
+    crafting.craft(plan._replace(target=target), attacked, eps)
+  assert counts() == before
+  # another number of steps is another program, and is seen
+  crafting.craft(plan._replace(steps=2), attacked, 0.1)
+  assert counts() != before
 
 
 def table(text):
