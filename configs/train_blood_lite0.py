@@ -9,28 +9,15 @@ weights are a file of the weights pack, in $JAXADV_WEIGHTS or ../shared/weights.
 Expected: not measured yet. Time: not measured yet.
 """
 
-import os
-
-from jaxadv import augment, data, studies
+from jaxadv import augment, studies
 from jaxadv.experiments import Recipe
-from jaxadv.models import EfficientNetLite0, convert
-
-MODEL = EfficientNetLite0(3, preprocess="lite")
-
-
-def pretrained(variables):
-  """The published weights, with a fresh last layer."""
-  folder = os.environ.get("JAXADV_WEIGHTS", "../shared/weights")
-  path = data.resolve("efficientnet_lite0_imagenet_fp16.npz", roots=(folder,))
-  return convert.load(path, MODEL, variables, head=False)
 
 
 def get_config(*, quick: bool = False) -> Recipe:
   """A victim that classifies."""
   train_steps = 2 if quick else 100
   return Recipe(
-    model=MODEL,
-    start=pretrained,
+    **studies.imagenet_lite0(3),
     optimizer=studies.stepped_sgd(train_steps, learning_rate=0.01),
     data=("blood_bccd_cells_64.npz",),
     holdout=0.1,

@@ -1,20 +1,25 @@
 """What several configs share: attacks that are compared, networks that are attacked."""
 
 import functools
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import optax
 
-from jaxadv import attacks, augment, line_search, models, threats, types
+from jaxadv import attacks, augment, data, line_search, models, threats, types
 from jaxadv.experiments import Recipe, UniversalStudy
+from jaxadv.models import convert
 from jaxadv.types import AttackFn
 
 __all__ = [
   "UNET_SCALES",
+  "imagenet_lite0",
   "minimum_distortion",
   "seven_architectures",
   "stepped_sgd",
   "universal_grid",
+  "universal_transfer",
 ]
 
 # The mask and nine features of our U-Net: MSA weighs each by one gradient.
@@ -152,26 +157,89 @@ def universal_grid(
     >>> len(study.victims), study.shares
     (7, (0.02, 0.04, 0.08))
   """
-  if quick:
-    train_steps, craft_steps = 20, 6
   networks = seven_architectures(num_classes, width=0.125 if quick else 0.25)
-  recipe = {
-    "batch_size": 32,
-    "optimizer": stepped_sgd(train_steps, learning_rate=learning_rate),
-    "augment": augment.affine(),
-    **recipe,
-    "data": (source,),
-    "train_steps": train_steps,
+  train_steps = 20 if quick else train_steps
+  optimizer = stepped_sgd(train_steps, learning_rate=learning_rate)
+  recipe = {"optimizer": optimizer, "train_steps": train_steps, **recipe}
+  victims = {name: {"model": model} for name, model in networks.items()}
+  return _grid(victims, source, quick, craft_steps, recipe)
+
+
+def imagenet_lite0(num_classes: int) -> dict[str, Any]:
+  """EfficientNet-Lite0 that has seen ImageNet, as fields of a `Recipe`.
+
+  Args:
+    num_classes: K, of a fresh last layer.
+
+  Returns:
+    `model`, and `start`, which reads `efficientnet_lite0_imagenet_fp16.npz` of
+    `$JAXADV_WEIGHTS` or `../shared/weights` once training starts.
+
+  Example:
+    >>> sorted(imagenet_lite0(3))
+    ['model', 'start']
+  """
+  model = models.EfficientNetLite0(num_classes, preprocess="lite")
+  return {"model": model, "start": functools.partial(_imagenet, model)}
+
+
+def universal_transfer(
+  num_classes: int,
+  source: str,
+  *,
+  quick: bool = False,
+  train_steps: int = 150,
+  craft_steps: int = 30,
+  **recipe: Any,
+) -> UniversalStudy:
+  """Does it matter that a victim has seen ImageNet? One network, two beginnings.
+
+  Args:
+    num_classes: K.
+    source: data of both victims.
+    quick: the fine-tuned one, one target and one radius.
+    train_steps: of each victim.
+    craft_steps: batches of 32 images per perturbation.
+    **recipe: other fields of each `Recipe`.
+
+  Returns:
+    The study: the fine-tuned network, with a fifth of the learning rate, and the same
+    from fresh weights; 2, 4 and 8 % of the mean L2 norm.
+
+  Example:
+    >>> list(universal_transfer(3, "cells.npz").victims)
+    ['from ImageNet', 'from nothing']
+  """
+  train_steps = 2 if quick else train_steps
+  sgd = functools.partial(stepped_sgd, train_steps)
+  tuned = imagenet_lite0(num_classes)
+  victims = {
+    "from ImageNet": {**tuned, "optimizer": sgd(learning_rate=0.01)},
+    "from nothing": {"model": tuned["model"], "optimizer": sgd(learning_rate=0.05)},
   }
+  return _grid(
+    victims, source, quick, craft_steps, {"train_steps": train_steps, **recipe}
+  )
+
+
+def _grid(victims: Mapping[str, Any], source, quick, craft_steps, recipe):
+  """Any class and towards each, three radii; `quick` has one of everything."""
+  recipe = {"batch_size": 32, "augment": augment.affine(), **recipe, "data": (source,)}
   return UniversalStudy(
     victims={
-      name: Recipe(model=model, **recipe)
-      for name, model in list(networks.items())[: 1 if quick else None]
+      name: Recipe(**recipe, **fields)
+      for name, fields in list(victims.items())[: 1 if quick else None]
     },
     perturbations={"universal": attacks.universal},
     targeted=attacks.targeted_universal,
     targets=(0,) if quick else None,
     norm="l2",
     shares=(0.04,) if quick else (0.02, 0.04, 0.08),
-    craft_steps=craft_steps,
+    craft_steps=6 if quick else craft_steps,
   )
+
+
+def _imagenet(model, variables):
+  folder = os.environ.get("JAXADV_WEIGHTS", "../shared/weights")
+  path = data.resolve("efficientnet_lite0_imagenet_fp16.npz", roots=(folder,))
+  return convert.load(path, model, variables, head=False)

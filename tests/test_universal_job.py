@@ -175,6 +175,26 @@ def test_the_benchmark_of_speed(finished, capsys):
     assert 0.2 <= float(line[5]) <= 1  # the six steps of the study get that far
 
 
+def test_the_tables_of_the_docs(finished, capsys):
+  """One line per victim and share, then the spread over the victims."""
+  run, results = finished
+  script = helpers.benchmark("universal")
+  script.main([str(run.folder)])
+  found = table(capsys.readouterr().out)
+  assert [line[:3] for line in found[:3]] == [
+    ["---"] * 3,
+    ["small", found[1][1], "10.0%"],
+    ["small", found[2][1], "50.0%"],
+  ]
+  reached = [r for r in results["rows"] if (r["target"], r["share"]) == (0, 0.5)]
+  reached = f"{100 * reached[0]['targeted_test_stored']:.0f}"
+  assert found[-1][-1] == f"{reached} to {reached} % (1/1)"
+  lines = [["a", "-", "2 %", "-", "10.0 %"], ["b", "-", "2 %", "-", "85.5 %"]]
+  heads = ["victim", "accuracy", "share", "x", "y"]
+  spread = [["2 %", "-", "10 to 86 % (1/2)"]]
+  assert script.over_victims(heads, lines) == (heads[2:], spread)
+
+
 def test_the_benchmark_of_retraining_resumes(finished, capsys):
   run, _ = finished
   config = run.folder.parent / "colors.py"

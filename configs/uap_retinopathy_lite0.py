@@ -1,0 +1,21 @@
+"""Universal perturbations on retinas, and whether a victim has seen ImageNet.
+
+Paper: Hirano, Minagi, Takemoto, "Universal adversarial attacks on deep neural networks
+for medical image classification", BMC Medical Imaging 21:9 (2021), who fine-tune
+ImageNet networks; here EfficientNet-Lite0 (Tan, Le, ICML 2019, arXiv 1905.11946), the
+one of which we have the weights, beside the same network from nothing.
+Data: IDRiD pack, 202 train and 53 test images of 128 pixels, RGB, resized to 64; five
+grades.
+Expected: docs/universal.md.
+Time: not measured yet.
+"""
+
+from jaxadv import studies
+from jaxadv.experiments import UniversalStudy
+
+
+def get_config(*, quick: bool = False) -> UniversalStudy:
+  """Two victims, any class and towards each, 2, 4 and 8 % of the mean norm."""
+  return studies.universal_transfer(
+    5, "fundus_idrid_dr_grade_128.npz", quick=quick, holdout=0.15, side=64, balance=True
+  )
