@@ -62,12 +62,15 @@ class Subject(NamedTuple):
     predict: `(variables, images) -> (logits, features)`.
     variables: of the Flax module.
     train: what perturbations are crafted on.
-    test: what they are judged on.
+    seen: of those, about as many as `test` has, of every class its share: judging all
+      of them can take longer than crafting.
+    test: what perturbations have not seen.
   """
 
   predict: Predict
   variables: Any
   train: Part
+  seen: Part
   test: Part
 
 
@@ -97,13 +100,14 @@ class Plan(NamedTuple):
 def subject(
   predict: Predict, variables: Any, train: data.Dataset, test: data.Dataset
 ) -> Subject:
-  """A victim with its decisions on the clean images of both parts."""
+  """A victim with its decisions on the clean images."""
   nothing = jnp.zeros(train.images.shape[1:])
 
   def part(dataset):
     return Part(dataset, decisions(predict, variables, dataset.images, nothing))
 
-  return Subject(predict, variables, part(train), part(test))
+  seen = _share(train, len(test.images))
+  return Subject(predict, variables, part(train), part(seen), part(test))
 
 
 def craft(
@@ -177,7 +181,7 @@ def measure(subject: Subject, delta: Array) -> dict[str, dict[str, np.ndarray]]:
   """Split -> view -> table of `jaxadv.outcomes.count`."""
   return {
     name: {view: _table(subject, part, delta, view) for view in VIEWS}
-    for name, part in (("train", subject.train), ("test", subject.test))
+    for name, part in (("train", subject.seen), ("test", subject.test))
   }
 
 
@@ -208,6 +212,12 @@ def stream(
   for batch in data.batches(part.dataset, plan.batch, seed=plan.seed, start=start):
     seen = [place[int(number)] for number in batch["id"]]
     yield batch | {"decision": part.before[seen]}
+
+
+def _share(dataset, size):
+  """A share of every class, about `size` images in all; all of them if not more."""
+  total = len(dataset.images)
+  return dataset if total <= size else data.hold_out(dataset, size / total)[1]
 
 
 def _table(subject, part, delta, view):

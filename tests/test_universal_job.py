@@ -135,6 +135,16 @@ def test_the_counts_are_those_of_the_stored_perturbation(finished):
   assert row["fooling_test_stored"] == pytest.approx(fooled)
 
 
+def test_as_many_training_as_test_images_are_judged_of_every_class(finished):
+  run, _ = finished
+  file = run.folder / "perturbations/small/0.5/universal/outcome.json"
+  counts = json.loads(file.read_text())["counts"]
+  for split, each in (("train", 4), ("test", 4)):
+    for view in crafting.VIEWS:
+      table = np.asarray(counts[split][view])
+      assert table.sum((1, 2)).tolist() == [each] * 3, (split, view)
+
+
 def test_a_finished_run_is_not_computed_again(finished):
   run, results = finished
   times = {path: path.stat().st_mtime_ns for path in run.folder.glob("p*/**/uap.npy")}
