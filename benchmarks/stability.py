@@ -11,7 +11,8 @@ means over the images of the mean over the keys, with 95 % bootstrap intervals o
 images; standard deviations over the images with intervals over the keys; and SMIA minus
 PGD on the same images. After several tasks, the spread over them of the relative drop.
 
-`harm` is the IoU lost, or the share of right decisions; `margin` that of the truth;
+`clean` and `attacked` are the IoU of a mask, or the share of right decisions, and
+`harm` what is lost of it; `margin` is that of the truth;
 `flips` and `cosine` say how steady the gradients are, over all values and over those
 that are neither at the surface of the ball nor at an end of the range (`free`), and
 over the others (`held`).
@@ -53,7 +54,7 @@ __all__ = ["Task", "compare", "main", "tables"]
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 STEADY = ("flips", "flips free", "flips held", "cosine", "cosine free", "cosine held")
-MEANS = ("harm", "success", "margin", "l2", *STEADY)
+MEANS = ("clean", "attacked", "harm", "success", "margin", "l2", *STEADY)
 SPREADS = ("margin", "l2")
 PAIRED = ("harm", "margin", *STEADY)
 

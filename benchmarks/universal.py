@@ -17,22 +17,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("runs", nargs="+", type=pathlib.Path, help="folders of runs")
   for folder in parser.parse_args(arguments).runs:
     results = json.loads((folder / "results.json").read_text())
-    heads, lines = universal_report.table(results)
     print(f"\n### {results['name']}: {results['source']}\n")
-    print(markdown(heads, lines))
-    print("\nOver the victims, lowest to highest, and how many reach 80 %:\n")
-    print(markdown(*over_victims(heads, lines)))
+    print(markdown(*universal_report.table(results)))
+    print("\nOver the victims, lowest to highest, and how many exceed 80 %:\n")
+    print(markdown(*over_victims(*universal_report.rates(results))))
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     print(f"\ncommit {results['commit']}, {versions}; {results['machine']}")
 
 
 def over_victims(heads, lines):
   """The table with one line per share: the spread of every rate over the victims."""
-  shares = dict.fromkeys(line[2] for line in lines)
   found = []
-  for share in shares:
+  for share in dict.fromkeys(line[2] for line in lines):
     columns = zip(*(line[3:] for line in lines if line[2] == share), strict=True)
-    found.append([share, *map(_spread, columns)])
+    found.append([f"{share:.1%}", *map(_spread, columns)])
   return heads[2:], found
 
 
@@ -41,12 +39,12 @@ def markdown(heads, lines):
   return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _spread(cells):
-  rates = [float(cell.removesuffix(" %")) for cell in cells if cell != "-"]
-  if not rates:
+def _spread(rates):
+  known = [rate for rate in rates if rate is not None]
+  if not known:
     return "-"
-  reach = sum(rate >= 80 for rate in rates)
-  return f"{min(rates):.0f} to {max(rates):.0f} % ({reach}/{len(rates)})"
+  exceed = sum(rate > 0.8 for rate in known)
+  return f"{100 * min(known):.0f} to {100 * max(known):.0f} % ({exceed}/{len(known)})"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ maps images `(B, ..., C)` in [0, 1] to logits, or to `(logits, features)`.
 """
 
 from jaxadv import attacks, combine, losses, targets, threats, transforms
-from jaxadv.engine import Attack, gradient_attack
+from jaxadv.engine import Attack, Universal, gradient_attack, universal_attack
 from jaxadv.types import AttackResult, Objective, Sample, Threat
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
   "Objective",
   "Sample",
   "Threat",
+  "Universal",
   "attacks",
   "combine",
   "gradient_attack",
@@ -26,4 +27,5 @@ __all__ = [
   "targets",
   "threats",
   "transforms",
+  "universal_attack",
 ]

@@ -73,14 +73,20 @@ def load(source: str | os.PathLike | None, *, split: str | None = None) -> Datas
 
 
 def resolve(
-  source: str | os.PathLike, roots: Sequence[str | os.PathLike] = ()
+  source: str | os.PathLike,
+  roots: Sequence[str | os.PathLike] = (),
+  *,
+  variable: str = "JAXADV_DATA",
+  shared: str = "../shared/data",
 ) -> pathlib.Path:
   """Finds a pack or folder by path or by file name.
 
   Args:
     source: a path, or a name such as `"nuclei_dsb2018_128"` (`.npz` may be left out).
-    roots: folders to look in first; then come `$JAXADV_DATA`, the working directory and
-      `../shared/data`, seen from the working directory and from the repository.
+    roots: folders to look in first; then come that of `variable`, the working directory
+      and `shared`, seen from the working directory and from the repository.
+    variable: of the environment.
+    shared: folder.
 
   Returns:
     An existing path.
@@ -92,12 +98,12 @@ def resolve(
     >>> resolve("no_such_pack")
     Traceback (most recent call last):
     ...
-    FileNotFoundError: no data at 'no_such_pack'; looked at ...
+    FileNotFoundError: no file at 'no_such_pack'; looked at ...
   """
-  given = os.environ.get("JAXADV_DATA")
+  given = os.environ.get(variable)
   repository = pathlib.Path(__file__).resolve().parents[1]
-  places = [*roots, *([given] if given else []), ".", "../shared/data"]
-  folders = [*map(pathlib.Path, places), repository / "../shared/data"]
+  places = [*roots, *([given] if given else []), ".", shared]
+  folders = [*map(pathlib.Path, places), repository / shared]
   path = pathlib.Path(source).expanduser()
   names = [path, path.with_name(path.name + ".npz")]
   tried = [folder / name for folder in folders for name in names]
@@ -106,8 +112,8 @@ def resolve(
       return place
   looked = ", ".join(dict.fromkeys(str(place) for place in tried))
   raise FileNotFoundError(
-    f"no data at {str(source)!r}; looked at {looked}. Write a path, or set "
-    "$JAXADV_DATA to the folder of the packs."
+    f"no file at {str(source)!r}; looked at {looked}. Write a path, or set "
+    f"${variable} to its folder."
   )
 
 

@@ -142,7 +142,7 @@ def smoothed_agreement(
     A scalar.
 
   Raises:
-    ValueError: without a twin.
+    ValueError: without a twin, and for another word than the two as `reference`.
 
   Example:
     >>> twin = {"smoothed_logits": jnp.array([0.0, 0.0])}
@@ -152,6 +152,7 @@ def smoothed_agreement(
 
   Reference: Qi et al., ICLR 2021, arXiv 2103.05232; see `jaxadv.attacks.smia`.
   """
+  inputs.check_choice("reference", reference, ("soft", "hard"))
   inputs.check_feature("smoothed_logits", sample.features)
   z, sign = _logits(sample), -1 if targeted else 1
   twin = jax.lax.stop_gradient(sample.features["smoothed_logits"].astype(z.dtype))
@@ -355,6 +356,12 @@ def _one_hot(sample):
 def _pick(z, index):
   """`z[..., index]` without a gather, whose gradient would be a slow scatter on CPU."""
   index = jnp.asarray(index)
+  if index.ndim != z.ndim - 1:
+    raise ValueError(
+      f"this loss is one of classes, and the label {index.shape} is no class index for "
+      f"logits {z.shape}; write loss=losses.task_loss, or binary_cross_entropy, for "
+      "label sets."
+    )
   classes = jnp.arange(z.shape[-1]).reshape((1,) * index.ndim + (-1,))
   return jnp.where(index[..., None] == classes, z, 0).sum(-1)
 

@@ -1,7 +1,6 @@
 """What several configs share: attacks that are compared, networks that are attacked."""
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -240,6 +239,9 @@ def _grid(victims: Mapping[str, Any], source, quick, craft_steps, recipe):
 
 
 def _imagenet(model, variables):
-  folder = os.environ.get("JAXADV_WEIGHTS", "../shared/weights")
-  path = data.resolve("efficientnet_lite0_imagenet_fp16.npz", roots=(folder,))
+  path = data.resolve(
+    "efficientnet_lite0_imagenet_fp16.npz",
+    variable="JAXADV_WEIGHTS",
+    shared="../shared/weights",
+  )
   return convert.load(path, model, variables, head=False)

@@ -30,6 +30,7 @@ import numpy as np
 import jaxadv
 from jaxadv import (
   attacks,
+  checkpoints,
   crafting,
   data,
   fingerprints,
@@ -131,8 +132,8 @@ def prepare(
   Raises:
     ConfigError: for a config that cannot be read or built.
     JobError: for another kind of config, for data that cannot be found, does not fit,
-      has other labels than classes, or fewer training images than a batch, and for a
-      target outside the classes.
+      has other labels than classes, or fewer training images than a batch, for a
+      target outside the classes, and for a perturbation that cannot be built.
   """
   config = load_config(config_path, quick=quick)
   if not isinstance(config.experiment, UniversalStudy):
@@ -161,7 +162,7 @@ def prepare(
   }
   run = Run(config, study, prepared, settings)
   _check(run)
-  programs = {name: _program(run, plan) for name, plan in run.plans.items()}
+  programs = {name: _program(run, name, plan) for name, plan in run.plans.items()}
   return run._replace(settings=settings | {"perturbations": programs})
 
 
@@ -228,7 +229,7 @@ def _check(run):
     raise JobError(f"two perturbations are called {twice[0]!r}; rename one.")
 
 
-def _program(run, plan):
+def _program(run, name, plan):
   """Hash of a crafting step, in which steps and schedules are literals."""
   part, classes = run.parts.train, len(run.parts.train.class_names)
   batch = next(data.batches(part, 2))
@@ -241,7 +242,13 @@ def _program(run, plan):
     state = uap.init(jax.random.key(0), image[0])
     return uap.step(lambda x: x.reshape(len(x), -1) @ weights, state, batch)[0].delta
 
-  return f"{plan.steps} steps of {fingerprints.program(step, 0.1)}"
+  try:
+    return f"{plan.steps} steps of {fingerprints.program(step, 0.1)}"
+  except Exception as error:  # a config's part may fail in any way
+    raise JobError(
+      f"perturbation {name!r}: {type(error).__name__}: {error}; write a function "
+      "`(eps, *, norm, num_steps) -> Universal`, with `target` where it has one."
+    ) from error
 
 
 def _aims(study, class_names) -> dict[int, str]:
@@ -286,10 +293,9 @@ def _craft_cell(run, subject, cell):
   started = time.perf_counter()
   label = f"{cell.victim} {cell.share:.0%} {cell.name}"
   show = run.victims.progress if plan.steps else silent
-  with show(label, plan.steps, 0) as advance:
-    state = crafting.craft(
-      plan, subject, eps, folder=folder / "checkpoints", advance=advance
-    )
+  places = folder / "checkpoints"
+  with show(label, plan.steps, checkpoints.latest(places) or 0) as advance:
+    state = crafting.craft(plan, subject, eps, folder=places, advance=advance)
   seconds = time.perf_counter() - started
   tables = crafting.measure(subject, state.delta)
   _store(folder, np.asarray(state.delta))
@@ -340,6 +346,9 @@ def _row(run, cell):
     for view, table in views.items():
       rates = outcomes.rates(np.asarray(table), target=target)
       row |= {f"{name}_{split}_{view}": rates.get(name) for name in _RATES}
+  fooled = outcomes.rates(np.asarray(counts["test"]["stored"]))["per_class"]
+  for name, rate in zip(run.parts.test.class_names, fooled, strict=True):
+    row[f"fooling_test_stored of {name}"] = rate
   alone = _folder(run, cell._replace(name="")) / "per_image.json"
   row["fooling_per_image"] = json.loads(alone.read_text())["fooling"]
   for control in CONTROLS:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxadv import outcomes, report
 
-__all__ = ["Exhibit", "page", "pattern", "table"]
+__all__ = ["Exhibit", "page", "pattern", "rates", "table"]
 
 
 class Exhibit(NamedTuple):
@@ -49,31 +49,42 @@ def pattern(delta: np.ndarray) -> tuple[np.ndarray, float]:
   return shifted.astype(np.uint8), float(factor)
 
 
-def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def rates(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
   """Heads and lines, one line per victim and share; rates on test images as stored.
 
   Of the perturbations with a target it gives how many images they fool at best, and the
-  share that reaches the target: the mean over the targets, and the worst.
+  share that reaches the target: the mean over the targets and the worst, and the best
+  of the random signs. The mean of any perturbation that has nothing to do with the
+  targets is 1 / K.
+
+  Returns:
+    Heads, and lines of the victim, its accuracy, the share, and rates or `None`.
   """
   names = list(dict.fromkeys(row["perturbation"] for row in results["rows"]))
   cells = {(r["victim"], r["share"], r["perturbation"]): r for r in results["rows"]}
   aimed = {row["perturbation"] for row in results["rows"] if row["target"] is not None}
   free = [name for name in names if name not in aimed]
   heads = ["victim", "accuracy", "share", *free, "per image", "one class"]
-  heads += ["best target fools", "targeted, mean", "worst"] if aimed else []
+  if aimed:
+    heads += ["best target fools", "targeted, mean", "worst", "random sign, best"]
   lines = []
   for victim, share in dict.fromkeys((v, s) for v, s, _ in cells):
-    rates = [cells[victim, share, name]["fooling_test_stored"] for name in free]
+    found = [cells[victim, share, name]["fooling_test_stored"] for name in free]
     same = cells[victim, share, free[0]]  # as in every row of this victim and share
-    rates += [same["fooling_per_image"], same["one_class_test_stored"]]
+    found += [same["fooling_per_image"], same["one_class_test_stored"]]
     if aimed:
-      rows = [cells[victim, share, name] for name in aimed]
-      reached = [row["targeted_test_stored"] for row in rows]
-      rates.append(max(row["fooling_test_stored"] for row in rows))
-      rates += [sum(reached) / len(reached), min(reached)]
-    accuracy = results["victims"][victim]["accuracy"]
-    lines.append([victim, _percent(accuracy), f"{share:.1%}", *map(_percent, rates)])
+      found += _targeted([cells[victim, share, name] for name in aimed])
+    lines.append([victim, results["victims"][victim]["accuracy"], share, *found])
   return heads, lines
+
+
+def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+  """The `rates`, written out."""
+  heads, lines = rates(results)
+  return heads, [
+    [victim, _percent(accuracy), f"{share:.1%}", *map(_percent, found)]
+    for victim, accuracy, share, *found in lines
+  ]
 
 
 def page(results: Mapping[str, Any], exhibits: Sequence[Exhibit]) -> str:
@@ -94,9 +105,16 @@ def page(results: Mapping[str, Any], exhibits: Sequence[Exhibit]) -> str:
   )
 
 
+def _targeted(rows):
+  reached = [row["targeted_test_stored"] for row in rows]
+  chance = max(row["targeted_random_sign"] for row in rows)
+  most = max(row["fooling_test_stored"] for row in rows)
+  return [most, sum(reached) / len(reached), min(reached), chance]
+
+
 def _shown(exhibit, classes):
   picture, factor = pattern(exhibit.delta)
-  rates = outcomes.rates(exhibit.outcome)
+  by_class = outcomes.rates(exhibit.outcome)["per_class"]
   return {
     "title": exhibit.title,
     "pictures": [
@@ -106,7 +124,7 @@ def _shown(exhibit, classes):
     ],
     "classes": classes,
     "confusion": outcomes.confusion(exhibit.outcome).tolist(),
-    "per_class": [_percent(rate) for rate in rates["per_class"]],
+    "per_class": [_percent(rate) for rate in by_class],
   }
 
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -24,9 +25,13 @@ def _predict(heading, **names):
   return names["predict"]
 
 
-def _attack(predict):
-  """A few steps raise the loss of the labels that the model gives."""
-  images = helpers.stripes(4, (8, 8), 3)
+IMAGES = helpers.stripes(4, (8, 6), 3)  # not square: height and width could be swapped
+
+
+def _attack(predict, want):
+  """`predict` is what the framework says; steps raise the loss of its labels."""
+  images = IMAGES
+  np.testing.assert_allclose(predict(images), want, rtol=1e-4, atol=1e-5)
   labels = predict(images).argmax(-1)
   attack = jaxadv.attacks.pgd(0.1, num_steps=5)
   run = jax.jit(lambda key, x, y: attack(key, predict, x, y))
@@ -43,8 +48,9 @@ def test_flax_linen():
   model = nn.Sequential(
     [nn.Conv(4, (3, 3)), nn.relu, lambda x: x.mean((1, 2)), nn.Dense(3)]
   )
-  variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-  _attack(_predict("Flax linen", model=model, variables=variables))
+  variables = model.init(jax.random.key(0), IMAGES)
+  want = model.apply(variables, IMAGES)
+  _attack(_predict("Flax linen", model=model, variables=variables), want)
 
 
 def test_flax_nnx():
@@ -57,7 +63,10 @@ def test_flax_nnx():
     lambda x: x.mean((1, 2)),
     nnx.Linear(4, 3, rngs=rngs),
   )
-  _attack(_predict("Flax NNX", model=model))
+  model(3 * IMAGES)  # moves the running statistics, which evaluation must use
+  predict = _predict("Flax NNX", model=model)
+  model.eval()
+  _attack(predict, model(IMAGES))
 
 
 def test_keras():
@@ -68,14 +77,16 @@ def test_keras():
   with jax.numpy_rank_promotion("allow"):
     model = keras.Sequential(
       [
-        layers.Input((8, 8, 3)),
+        layers.Input((8, 6, 3)),
         layers.Conv2D(4, 3, activation="relu"),
         layers.BatchNormalization(),
         layers.GlobalAveragePooling2D(),
         layers.Dense(3),
       ]
     )
-    _attack(_predict("Keras 3 on JAX", model=model))
+    model(3 * IMAGES, training=True)
+    want = model(IMAGES, training=False)
+    _attack(_predict("Keras 3 on JAX", model=model), want)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -91,5 +102,8 @@ def test_torch():
     torch.nn.Flatten(),
     torch.nn.Linear(4, 3),
   )
-  with jax.numpy_rank_promotion("allow"):
-    _attack(_predict("PyTorch through torchax", model=model))
+  channels_first = torch.from_numpy(np.moveaxis(np.asarray(IMAGES), -1, 1).copy())
+  model(3 * channels_first)
+  predict = _predict("PyTorch through torchax", model=model)
+  with jax.numpy_rank_promotion("allow"), torch.no_grad():
+    _attack(predict, model.eval()(channels_first).numpy())

@@ -73,6 +73,32 @@ def test_a_step_that_does_not_work_is_not_taken():
     assert (state.delta != 0).all()
 
 
+def test_only_a_step_that_reaches_the_target_is_taken():
+  """The inner attack knows no target: what it calls success does not count."""
+  with helpers.x64():
+    away = attacks.fgsm(0.9, bounds=OPEN)  # from the target, of which it knows nothing
+    uap = attacks.sequential_universal(0.9, target=1, attack=away, bounds=OPEN)
+    batch = {"image": jnp.asarray(PAIR)}
+    state, (metrics,) = drive(uap, helpers.linear(W, B), batch, 1)
+    assert metrics["accepted"] == 0
+    assert (state.delta == 0).all()
+
+
+def test_padding_and_a_second_batch_of_the_published_step():
+  """By default the inner step is 0.0012, and an image of weight 0 is not visited."""
+  with helpers.x64():
+    near = np.array([[1.001, 0.0], [1.005, 0.0]])  # z_1 of 0.001 and 0.005
+    uap = attacks.sequential_universal(0.01, bounds=OPEN)
+    both = {"image": jnp.asarray(near)}
+    alone = both | {"weight": jnp.array([1.0, 0.0])}
+    state, (metrics,) = drive(uap, helpers.linear(W, B), alone, 1)
+    np.testing.assert_allclose(state.delta, [-0.0012, 0.0012], rtol=0, atol=1e-12)
+    assert metrics["accepted"] == 1
+    state, _ = uap.step(helpers.linear(W, B), state, {"image": jnp.asarray(near[1:])})
+    # a step changes z_1 by 0.0036: the second needs one of its own, from where v is
+    np.testing.assert_allclose(state.delta, [-0.0024, 0.0024], rtol=0, atol=1e-12)
+
+
 def test_the_deepfool_vectors():
   with helpers.x64():
     model = helpers.linear(W, B)
@@ -98,15 +124,6 @@ def test_the_sequential_algorithm_takes_any_attack():
     state, (metrics,) = drive(uap, helpers.linear(W, B), batch, 1)
     assert metrics["accepted"] == 1
     assert 0 < np.linalg.norm(state.delta) <= 2
-
-
-def sgd(axis_name=None):
-  return engine.universal_attack(
-    types.Objective(losses.cross_entropy, prepare=targets.predictions),
-    threats.linf(0.4, bounds=OPEN),
-    transforms.sign_step(0.1),
-    axis_name=axis_name,
-  )
 
 
 def test_the_minibatch_vector():

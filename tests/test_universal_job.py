@@ -198,10 +198,10 @@ def test_the_tables_of_the_docs(finished, capsys):
   ]
   reached = [r for r in results["rows"] if (r["target"], r["share"]) == (0, 0.5)]
   reached = f"{100 * reached[0]['targeted_test_stored']:.0f}"
-  assert found[-1][-1] == f"{reached} to {reached} % (1/1)"
-  lines = [["a", "-", "2 %", "-", "10.0 %"], ["b", "-", "2 %", "-", "85.5 %"]]
+  assert found[-1][-2] == f"{reached} to {reached} % (1/1)"
+  lines = [["a", 1.0, 0.02, None, 0.1], ["b", 1.0, 0.02, None, 0.855]]
   heads = ["victim", "accuracy", "share", "x", "y"]
-  spread = [["2 %", "-", "10 to 86 % (1/2)"]]
+  spread = [["2.0%", "-", "10 to 86 % (1/2)"]]
   assert script.over_victims(heads, lines) == (heads[2:], spread)
 
 
@@ -221,10 +221,13 @@ def test_the_benchmark_of_retraining_resumes(finished, capsys):
 def test_a_killed_run_ends_with_the_same_bits(pack, tmp_path):
   config = write_config(tmp_path, pack, steps=40)
   killed, whole = tmp_path / "killed", tmp_path / "whole"
+  delay = np.random.default_rng(0).uniform(3, 8)  # somewhere in the victim's training
+  kill_after(delay, config, killed)
   moments = (
     "perturbations/small/0.1/universal/checkpoints/step_*",
     "perturbations/small/0.1/to red/checkpoints/step_*",
     "perturbations/small/0.5/universal/checkpoints/step_*",
+    "perturbations/small/0.5/to red/checkpoints/step_00000040",  # while it is judged
   )
   for moment in moments:
     kill_at(moment, config, killed)
@@ -242,6 +245,14 @@ def test_a_killed_run_ends_with_the_same_bits(pack, tmp_path):
 def command(config, folder):
   words = ["uap", str(config), "--out", str(folder), "--no-progress"]
   return [sys.executable, "-m", "jaxadv", *words]
+
+
+def kill_after(seconds, config, folder):
+  process = subprocess.Popen(command(config, folder), stdout=subprocess.DEVNULL)
+  time.sleep(seconds)
+  assert process.poll() is None, "the run ended before it could be killed"
+  process.kill()
+  assert process.wait() == -signal.SIGKILL
 
 
 def kill_at(pattern, config, folder):
@@ -266,6 +277,15 @@ def kill_at(pattern, config, folder):
 def test_what_data_and_study_together_forbid(pack, tmp_path, changes, message):
   config = write_config(tmp_path, pack, **changes)
   with pytest.raises(universal_job.JobError, match=message):
+    universal_job.prepare(config, out=tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_perturbation_that_cannot_be_built_is_refused(pack, tmp_path):
+  config = write_config(tmp_path, pack)
+  text = config.read_text()
+  config.write_text(text.replace("attacks.universal}", "lambda eps: None}"))
+  with pytest.raises(universal_job.JobError, match="perturbation 'universal': TypeErr"):
     universal_job.prepare(config, out=tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
@@ -300,4 +320,11 @@ def test_a_real_pack_end_to_end(tmp_path):
     pytest.skip(f"no real pack: {error}")
   results = universal_job.craft(run)
   assert results["classes"] == ["RBC", "WBC", "Platelets"]
-  assert len(results["rows"]) == 4
+  found = {row["perturbation"]: row for row in results["rows"]}
+  assert list(found) == ["universal", "to RBC", "random ball", "random sign"]
+  for row in found.values():
+    assert row["l2"] <= row["eps"] * (1 + 1e-5)
+  assert found["random ball"]["fooling_test_stored"] < 0.2
+  place = run.folder / "perturbations/vgg16/0.04/universal/outcome.json"
+  counts = json.loads(place.read_text())["counts"]["test"]["stored"]
+  assert np.sum(counts) == 90

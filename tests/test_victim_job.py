@@ -229,7 +229,7 @@ BAD = [
   ({"extra": "val_split='val'"}, [], "`val_split` and `holdout` are both set"),
   ({}, ["--pairs", "3"], "a Recipe has no num_pairs; leave the option out"),
   ({}, ["--steps", "0"], "`train_steps` is 0; write 1 or more"),
-  ({}, ["--data", "missing"], "no data at 'missing'"),
+  ({}, ["--data", "missing"], "no file at 'missing'"),
   ({"arrays": stripes(images=np.zeros((48, 1, 1, 1), np.uint8))}, [], "at least 2"),
 ]
 
@@ -324,14 +324,19 @@ def test_masks_are_selected_by_their_overlap(tmp_path, discs):
   assert found["images"] == 8
 
 
-@pytest.mark.parametrize("name", ["train_blood", "train_modality", "train_pneumonia"])
-def test_the_real_packs(name, tmp_path):
+# Five grades are too hard for a few steps, and two steps from ImageNet are a start.
+REAL = {"train_blood": 0.7, "train_modality": 0.7, "train_pneumonia": 0.7}
+REAL |= {"train_retinopathy": 0.0, "train_blood_lite0": 0.2}
+
+
+@pytest.mark.parametrize(("name", "reach"), REAL.items())
+def test_the_real_packs(name, reach, tmp_path):
   path = os.path.join(os.path.dirname(__file__), "..", "configs", f"{name}.py")
   try:
     run = victim_job.prepare(path, quick=True, out=tmp_path)
   except victim_job.JobError as error:
     pytest.skip(f"no real pack: {error}")
-  assert victim_job.train_all(run)[name]["balanced_accuracy"] > 0.7
+  assert victim_job.train_all(run)[name]["balanced_accuracy"] > reach
 
 
 def test_a_real_label_set(tmp_path):

@@ -6,7 +6,7 @@ from typing import Literal
 from jaxadv import forwards, inputs, losses, threats, transforms
 from jaxadv.attacks.parts import Bounds, Keep, Scalar
 from jaxadv.engine import Attack, gradient_attack
-from jaxadv.types import Objective, fooled, reached
+from jaxadv.types import Objective, SuccessFn, fooled, reached
 
 __all__ = ["smia"]
 
@@ -24,6 +24,7 @@ def smia(
   targeted: bool = False,
   random_start: bool = False,
   keep: Keep = "last",
+  stop: SuccessFn | None = None,
   bounds: Bounds = (0.0, 1.0),
 ) -> Attack:
   """Stabilized medical image attack, for classes, label sets, masks and volumes.
@@ -60,6 +61,8 @@ def smia(
       raised, and holds the attack back where the twin has not followed.
     random_start: start anywhere in the ball.
     keep: which point to return; the best has the largest `L` (smallest if targeted).
+    stop: freezes an example, for instance `jaxadv.types.fooled`; by default all go on,
+      as the method's claim is about the whole path.
     bounds: valid range of images.
 
   Returns:
@@ -105,4 +108,5 @@ def smia(
     num_steps=num_steps,
     random_start=random_start,
     keep=keep,
+    stop=stop,
   )

@@ -70,8 +70,9 @@ def universal(
     decay: of the momentum.
     transform: in place of step size and momentum, such as `optax.adam(1e-3)`; it sees
       the mean gradient of the cost, minus the loss.
-    loss: raised on average; `losses.until_fooled(losses.cross_entropy)` is the rule of
-      the iterative algorithm at batch size.
+    loss: raised on average; `losses.until_fooled(losses.cross_entropy)` skips images
+      that are fooled already, as the iterative algorithm does. It stays another
+      algorithm: no step is tested before it is taken.
     prepare: what the loss compares with: the model's clean decision, read from
       `batch["decision"]` or computed by one more forward pass. `jaxadv.types.labels`
       takes the truth, `batch["label"]`.
@@ -82,7 +83,8 @@ def universal(
     A `Universal`.
 
   Raises:
-    ValueError: for a negative radius or step and an unknown norm.
+    ValueError: for a negative radius or step, an unknown norm, and a `transform` beside
+      a step size.
 
   Example:
     >>> uap = universal(0.2, num_steps=5)
@@ -103,7 +105,7 @@ def universal(
   return universal_attack(
     Objective(loss, prepare=prepare),
     _threat(eps, norm, bounds),
-    transform or _ascent(eps, norm, step_size, num_steps, decay),
+    _ascent(eps, norm, step_size, num_steps, decay, transform),
     axis_name=axis_name,
   )
 
@@ -134,8 +136,8 @@ def targeted_universal(
     num_steps: as for `universal`.
     decay: of the momentum.
     transform: as for `universal`.
-    loss: lowered on average; `losses.until_reached(losses.cross_entropy)` is the rule
-      of the iterative algorithm at batch size.
+    loss: lowered on average; `losses.until_reached(losses.cross_entropy)` skips images
+      that are at the target already, as the iterative algorithm does.
     axis_name: of the mapped axis of devices, under `pmap`.
     bounds: valid range of images.
 
@@ -145,7 +147,11 @@ def targeted_universal(
   Raises:
     ValueError: as for `universal`, and for a target outside the model's classes.
 
-  Reference: Hirano et al., BMC Medical Imaging 21:9 (2021).
+  Differs from the released code of sgd-uap, which keeps the cap here too, and from the
+  medical study, which goes image by image: `sequential_universal(target=...)`.
+
+  Reference: Shafahi et al., AAAI 2020, arXiv 1811.11304; the aim is that of Hirano et
+  al., BMC Medical Imaging 21:9 (2021).
   """
   objective = Objective(
     losses.negate(loss),
@@ -155,7 +161,7 @@ def targeted_universal(
   return universal_attack(
     objective,
     _threat(eps, norm, bounds),
-    transform or _ascent(eps, norm, step_size, num_steps, decay),
+    _ascent(eps, norm, step_size, num_steps, decay, transform),
     axis_name=axis_name,
   )
 
@@ -179,7 +185,7 @@ def sequential_universal(
     eps: radius.
     attack: inner attack, targeted when `target` is given. By default one sign step of
       0.0012 in [0, 1], the published 0.0024 on images in [-1, 1], whatever the norm;
-      `attacks.deepfool` gives the algorithm of Moosavi-Dezfooli et al.
+      `attacks.deepfool(num_steps=10)` gives the algorithm of Moosavi-Dezfooli et al.
     norm: of the ball.
     target: class every image is to be taken for; by default any but the clean decision.
     bounds: valid range of images; `(-jnp.inf, jnp.inf)` is the released code, which
@@ -190,8 +196,9 @@ def sequential_universal(
     `accepted`, the share whose step was taken.
 
   Differs from the released code, which shuffles the images, makes up to 15 passes and
-  stops when all are fooled: here that is up to whoever draws the batches. Its
-  projection divides by the norm plus 1e-7.
+  stops when all are fooled: here that is up to whoever draws the batches. It takes the
+  cross-entropy of clipped probabilities, whose gradient is 0 where the model is sure,
+  and its projection divides by the norm plus 1e-7.
 
   Reference: Hirano et al., BMC Medical Imaging 21:9 (2021); Moosavi-Dezfooli et al.,
   CVPR 2017, arXiv 1610.08401.
@@ -204,6 +211,7 @@ def sequential_universal(
   )
   prepare = targets.predictions if target is None else targets.constant(target)
   start = universal_attack(Objective(losses.margin), threat, optax.identity())
+  hit = jnp.not_equal if target is None else jnp.equal
 
   def step(predict, state, batch):
     x = batch["image"]
@@ -216,14 +224,14 @@ def sequential_universal(
     def visit(delta, example):
       image, wish, number, weight = example
       start = threat.apply(image, delta)[None]
-      decision = jnp.argmax(call(predict, start)[0], -1)[0]
-      fooled = (decision == wish) == (target is not None)
+      fooled = hit(jnp.argmax(call(predict, start)[0], -1)[0], wish)
 
       def move():
         key = jax.random.fold_in(step_key, number)
         result = attack(key, predict, start, wish[None])
         moved = threat.project(delta + (result.image - start)[0], None)
-        return jnp.where(result.success[0], moved, delta), result.success[0]
+        accepted = hit(jnp.argmax(result.logits[0], -1), wish)
+        return jnp.where(accepted, moved, delta), accepted
 
       stay = fooled | (weight == 0)
       delta, accepted = jax.lax.cond(stay, lambda: (delta, jnp.bool_(False)), move)
@@ -280,9 +288,13 @@ def _threat(eps, norm, bounds) -> Threat:
   return _THREATS[norm](eps, bounds=bounds)
 
 
-def _ascent(eps, norm, step_size, num_steps, decay):
+def _ascent(eps, norm, step_size, num_steps, decay, transform):
   if num_steps is not None:
     inputs.check_num_steps(num_steps)
+  if transform is not None:
+    if step_size is not None:
+      raise ValueError("`transform` replaces `step_size`; leave one of them out.")
+    return transform
   if step_size is not None and not callable(step_size):
     inputs.check_positive("step_size", step_size)
   if step_size is None and num_steps is None:

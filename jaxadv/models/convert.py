@@ -19,6 +19,7 @@ from typing import Any
 
 import flax
 import flax.linen as nn
+import jax
 import numpy as np
 
 from jaxadv.models import names
@@ -47,7 +48,8 @@ def load(
     variables: of `model`, from `init` or as shapes from `jax.eval_shape(model.init,
       ...)`.
     head: `True` reads the last dense layer under its published name, a string under
-      that name; `False` keeps the one in `variables`, for another number of classes.
+      that name; `False` keeps the one in `variables`, for another number of classes,
+      and needs values there.
 
   Returns:
     The tree of `variables`, with NumPy arrays of the same dtypes.
@@ -262,6 +264,11 @@ def _fill(variables, layers, namer, dense, *, keep_head):
     _, *modules, kind = path.split("/")
     ours = "/".join(part for part in modules if not part.startswith("BatchNorm_"))
     if ours == "head" and keep_head:
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise ValueError(
+          f"head=False keeps {path}, which is a shape without values; write the "
+          "variables of model.init(...)."
+        )
       filled[path] = leaf
       continue
     theirs = dense if ours == "head" else namer(ours)
