@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import attacks, job, masks, metrics, victim_job, victims
+from jaxadv import attacks, data, job, masks, metrics, victim_job, victims
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
   run = job.prepare(options.config, out=options.out, overrides={"seed": options.seed})
   variables = victim_job.train(run.task).variables
   predict = functools.partial(victims.predictor(run.experiment.model), variables)
-  x = jnp.asarray(victims.as_float(run.test_set.images[: options.images]))
+  x = jnp.asarray(data.as_float(run.test_set.images[: options.images]))
   if options.side:
     shape = (len(x), options.side, options.side, x.shape[-1])
     x = metrics.round8(jax.image.resize(x, shape, "bilinear"))

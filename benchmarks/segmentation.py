@@ -37,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   rows += _oracle(rows, sweep)
   print(_about(options.runs))
   print(f"\nPaired with `{best}`, the best of its sweep, and with the best per pair.")
-  _table(MEAN_HEADS, [_means(rows, name) for name in names])
-  _table(PAIRED_HEADS, [_pairs(rows, name, best) for name in names])
+  print("\n" + summaries.markdown(MEAN_HEADS, [_means(rows, n) for n in names]))
+  pairs = [_pairs(rows, name, best) for name in names]
+  print("\n" + summaries.markdown(PAIRED_HEADS, pairs))
 
 
 def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -100,12 +101,6 @@ def _interval(estimate):
   if estimate["mean"] is None:
     return "-"
   return f"{estimate['mean']:.3f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
-
-
-def _table(heads, lines):
-  print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-  for line in lines:
-    print("| " + " | ".join(line) + " |")
 
 
 def _about(folders):

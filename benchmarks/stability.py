@@ -38,6 +38,7 @@ import numpy as np
 
 from jaxadv import (
   attacks,
+  data,
   losses,
   masks,
   metrics,
@@ -46,7 +47,6 @@ from jaxadv import (
   stability,
   summaries,
   victim_job,
-  victims,
 )
 from jaxadv.types import call
 
@@ -130,7 +130,7 @@ def trained(path, options):
   # packs are sorted by class: a draw, the same for everyone
   order = np.random.default_rng(0).permutation(len(test.images))
   chosen = np.sort(order[: options.images])
-  images = victims.as_float(test.images[chosen])
+  images = data.as_float(test.images[chosen])
   return Task(path.stem, predict, images, test.labels[chosen])
 
 
@@ -173,10 +173,9 @@ def tables(comparison):
   about = f"{images} images, {keys} keys. {comparison.about}"
   heads = ["attack", "gradients", "ms per image", *MEANS]
   heads += [f"sd of {column}" for column in SPREADS]
-  return "\n".join(
-    [f"\n## {comparison.task}\n\n{about}\n", *_table(heads, lines), "\nMinus `pgd`:\n"]
-    + _table(["attack", *PAIRED], gaps)
-  )
+  parts = [f"\n## {comparison.task}", about, summaries.markdown(heads, lines)]
+  parts += ["Minus `pgd`:", summaries.markdown(["attack", *PAIRED], gaps)]
+  return "\n\n".join(parts)
 
 
 def over_tasks(comparisons, draws=2000):
@@ -201,7 +200,7 @@ def over_tasks(comparisons, draws=2000):
     low, high = np.percentile(drawn, [2.5, 97.5])
     lines.append([f"`{name}`", f"{whole:.3f} [{low:.3f}, {high:.3f}]"])
   heads = ["attack", f"sd of the drop over {len(comparisons)} tasks"]
-  return "\n".join(["\n## All tasks\n", *_table(heads, lines)])
+  return "\n## All tasks\n\n" + summaries.markdown(heads, lines)
 
 
 def _columns(task, attack, eps, keys, batch):
@@ -285,11 +284,6 @@ def _interval(values):
   if found["mean"] is None:
     return "-"
   return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-
-
-def _table(heads, lines):
-  rows = [heads, ["---"] * len(heads), *lines]
-  return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from jaxadv import universal_report
+from jaxadv import summaries, universal_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,9 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   for folder in parser.parse_args(arguments).runs:
     results = json.loads((folder / "results.json").read_text())
     print(f"\n### {results['name']}: {results['source']}\n")
-    print(markdown(*universal_report.table(results)))
+    print(summaries.markdown(*universal_report.table(results)))
     print("\nOver the victims, lowest to highest, and how many exceed 80 %:\n")
-    print(markdown(*over_victims(*universal_report.rates(results))))
+    print(summaries.markdown(*over_victims(*universal_report.rates(results))))
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     print(f"\ncommit {results['commit']}, {versions}; {results['machine']}")
 
@@ -32,11 +32,6 @@ def over_victims(heads, lines):
     columns = zip(*(line[3:] for line in lines if line[2] == share), strict=True)
     found.append([f"{share:.1%}", *map(_spread, columns)])
   return heads[2:], found
-
-
-def markdown(heads, lines):
-  rows = [heads, ["---"] * len(heads), *lines]
-  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _spread(rates):

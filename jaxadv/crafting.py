@@ -116,7 +116,7 @@ def craft(
   eps: float,
   *,
   folder: pathlib.Path | None = None,
-  advance: Callable[[int, str], None] = lambda steps, note: None,
+  on_step: Callable[[int, Perturbation, loops.Metrics], None] | None = None,
 ) -> Perturbation:
   """Crafts a perturbation, or goes on from its last checkpoint.
 
@@ -125,7 +125,7 @@ def craft(
     subject: against whom.
     eps: radius.
     folder: of the checkpoints; `None` for none.
-    advance: told `(1, note)` after every step.
+    on_step: called as `on_step(n, state, metrics)` after step n, counted from 1.
 
   Returns:
     The state after the last step.
@@ -140,15 +140,15 @@ def craft(
     state = checkpoints.restore(folder, jax.eval_shape(start, aim))
   step = functools.partial(_step, rule, subject.predict, aim, subject.variables)
 
-  def on_step(n, state, metrics):
-    advance(1, f"fooled {float(metrics['success']):.2f}")
-    if folder is None:
-      return
-    if (done + n) % plan.checkpoint_every == 0 or done + n == plan.steps:
-      checkpoints.save(folder, state, step=done + n)
+  def after(n, state, metrics):
+    n += done
+    if on_step is not None:
+      on_step(n, state, metrics)
+    if folder is not None and (n % plan.checkpoint_every == 0 or n == plan.steps):
+      checkpoints.save(folder, state, step=n)
 
   batches = stream(subject.train, plan, start=done)
-  return loops.fit(step, state, batches, num_steps=plan.steps - done, on_step=on_step)
+  return loops.fit(step, state, batches, num_steps=plan.steps - done, on_step=after)
 
 
 def decisions(
@@ -174,7 +174,8 @@ def decisions(
     ValueError: where logits are not finite.
   """
   decide = functools.partial(_decide, predict, VIEWS[view], variables, delta)
-  return _in_batches(decide, images, np.arange(len(images)), batch_size)
+  call = lambda batch: decide(data.as_float(batch))
+  return _checked(loops.over_batches(call, images, size=batch_size))
 
 
 def measure(subject: Subject, delta: Array) -> dict[str, dict[str, np.ndarray]]:
@@ -189,7 +190,8 @@ def per_image(subject: Subject, eps: float, *, norm: Norm) -> float:
   """Share of test images that PGD fools, each with a perturbation of its own.
 
   What a universal perturbation of that radius can hope for, and seldom reaches. 20
-  steps of a quarter of the radius, from the clean image, on images as stored in 8 bits.
+  steps of a quarter of the radius, from the clean image; the best of them counts, on
+  images as stored in 8 bits.
 
   Args:
     subject: the victim.
@@ -200,8 +202,10 @@ def per_image(subject: Subject, eps: float, *, norm: Norm) -> float:
     A fooling rate.
   """
   fool = functools.partial(_fool, subject.predict, norm, subject.variables, eps)
+  call = lambda batch, before: fool(data.as_float(batch), before)
   images, before = subject.test.dataset.images, subject.test.before
-  return float(np.mean(_in_batches(fool, images, before, 64) != before))
+  after = _checked(loops.over_batches(call, images, before, size=64))
+  return float(np.mean(after != before))
 
 
 def stream(
@@ -251,8 +255,7 @@ def _step(rule, predict, aim, variables, state, batch):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _decide(predict, view, variables, delta, images, places):
-  del places
+def _decide(predict, view, variables, delta, images):
   image = jax.vmap(view.apply, (0, None))(images, delta)
   return _decision(call(functools.partial(predict, variables), image)[0])
 
@@ -260,7 +263,8 @@ def _decide(predict, view, variables, delta, images, places):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fool(predict, norm, variables, eps, images, before):
   own = functools.partial(predict, variables)
-  pgd = attacks.pgd(eps, norm=norm, step_size=eps / 4, num_steps=20, random_start=False)
+  steps = {"step_size": eps / 4, "num_steps": 20, "random_start": False}
+  pgd = attacks.pgd(eps, norm=norm, keep="best", **steps)
   moved = pgd(jax.random.key(0), own, images, before).delta
   return _decision(call(own, jax.vmap(VIEWS["stored"].apply)(images, moved))[0])
 
@@ -270,21 +274,11 @@ def _decision(logits):
   return jnp.where(jnp.isfinite(logits).all(-1), jnp.argmax(logits, -1), -1)
 
 
-def _in_batches(decide, images, beside, size):
-  """`decide(images, beside)` over batches of one shape; images are scaled to [0, 1]."""
-  found = []
-  for start in range(0, len(images), size):
-    part = images[start : start + size]
-    pads = [(0, size - len(part))] + [(0, 0)] * (part.ndim - 1)
-    batch = np.pad(part, pads).astype(np.float32)
-    batch /= np.float32(255 if images.dtype == np.uint8 else 1)
-    others = np.pad(beside[start : start + size], pads[:1])
-    found.append(np.asarray(decide(batch, others))[: len(part)])
-  decided = np.concatenate(found)
+def _checked(decided):
   undecided = int((decided < 0).sum())
   if undecided:
     raise ValueError(
-      f"on {undecided} of {len(images)} images the victim's logits are not finite; "
+      f"on {undecided} of {len(decided)} images the victim's logits are not finite; "
       "there is nothing to fool. Train it anew, with a smaller learning rate."
     )
   return decided

@@ -22,6 +22,7 @@ from jaxadv.sources import Dataset, load_folder, load_npz, load_tfds, take
 __all__ = [
   "Dataset",
   "Pairs",
+  "as_float",
   "batches",
   "hold_out",
   "load",
@@ -144,6 +145,12 @@ def phantoms(
   return _phantoms(range(n), size=size, seed=seed, num_classes=num_classes)
 
 
+def as_float(images: np.ndarray) -> np.ndarray:
+  """Images in [0, 1]: uint8 divided by 255, float as it is; float32."""
+  scale = np.float32(255 if images.dtype == np.uint8 else 1)
+  return images.astype(np.float32) / scale
+
+
 def resize(dataset: Dataset, side: int) -> Dataset:
   """Stretches every image to `side` pixels in each direction (Lanczos).
 
@@ -170,9 +177,9 @@ def resize(dataset: Dataset, side: int) -> Dataset:
     )
   images = dataset.images
   shape = (len(images), *[side] * (images.ndim - 2), images.shape[-1])
-  scale = np.float32(255 if images.dtype == np.uint8 else 1)
-  resized = jax.image.resize(images / scale, shape, "lanczos3").clip(0, 1) * scale
-  resized = np.rint(resized) if images.dtype == np.uint8 else np.asarray(resized)
+  whole = images.dtype == np.uint8
+  resized = np.asarray(jax.image.resize(as_float(images), shape, "lanczos3").clip(0, 1))
+  resized = np.rint(255 * resized) if whole else resized
   return dataset._replace(images=resized.astype(images.dtype))
 
 
@@ -355,9 +362,8 @@ def _balanced(classes, seed, places):
 
 def _batch(dataset, places, weight):
   images = dataset.images[places]
-  scale = np.float32(255 if images.dtype == np.uint8 else 1)
   return {
-    "image": images.astype(np.float32) / scale,
+    "image": as_float(images),
     "label": dataset.labels[places],
     "weight": weight.astype(np.float32),
     "id": dataset.ids[places].astype(np.int32),

@@ -182,7 +182,7 @@ def _scene(run, victim):
   return trials.Scene(
     victim.predict,
     victim.variables,
-    victims.as_float(test_set.images),
+    data.as_float(test_set.images),
     victim.masks,
     test_set.ids,
     pairs,

@@ -1,14 +1,16 @@
-"""The host loop that drives training and the crafting of universal perturbations alike.
+"""Loops on the host: over steps, of training and crafting alike, and over images.
 
-Anything with the signature `step(state, batch) -> (state, metrics)` runs in it. The
-loop keeps nothing: the state is the checkpoint, and a batch is a pure function of its
+Anything with the signature `step(state, batch) -> (state, metrics)` runs in `fit`. It
+keeps nothing: the state is the checkpoint, and a batch is a pure function of its
 position, so a run that stopped after `n` steps continues with `batches(..., start=n)`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["fit"]
+import numpy as np
+
+__all__ = ["fit", "over_batches"]
 
 State = TypeVar("State")
 Batch = Mapping[str, Any]
@@ -61,3 +63,28 @@ def fit(
     if on_step is not None:
       on_step(n, state, metrics)
   return state
+
+
+def over_batches(
+  function: Callable[..., Any], *arrays: np.ndarray, size: int
+) -> np.ndarray:
+  """`function` of batches of one shape, so that it compiles once.
+
+  Args:
+    function: `(B, ...)` arrays to an array `(B, ...)`, each example by itself.
+    *arrays: `(N, ...)`, N the same.
+    size: B; the last batch is filled up with zeros, and what came of them is cut.
+
+  Returns:
+    `(N, ...)`.
+
+  Example:
+    >>> over_batches(lambda x: x + 1, np.arange(5), size=2)
+    array([1, 2, 3, 4, 5])
+  """
+  found = []
+  for start in range(0, len(arrays[0]), size):
+    parts = [array[start : start + size] for array in arrays]
+    filled = [np.pad(p, [(0, size - len(p))] + [(0, 0)] * (p.ndim - 1)) for p in parts]
+    found.append(np.asarray(function(*filled))[: len(parts[0])])
+  return np.concatenate(found)

@@ -96,7 +96,8 @@ def label_margin(
   """Mean over labels of `-max((2y - 1) (z - threshold), -slack)`.
 
   Its gradient is constant until a label has flipped by `slack`, and then 0: confident
-  labels, where binary cross-entropy vanishes, are pulled like all others.
+  labels, where binary cross-entropy vanishes, are pulled like all others. It leads away
+  from labels; towards wanted ones (`targeted=True`) it pulls at none that is missing.
 
   Args:
     sample: logits and labels `(L,)`.

@@ -20,6 +20,7 @@ __all__ = [
   "differences",
   "interval",
   "machine",
+  "markdown",
   "ratios",
   "summarize",
   "versions",
@@ -153,3 +154,16 @@ def _paired(rows, attack, baseline, names, compare):
 def _means(rows):
   names = [name for name in rows[0] if name not in LABELS] if rows else []
   return {name: interval([float(row[name]) for row in rows]) for name in names}
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  """A table for a page of the docs.
+
+  Example:
+    >>> print(markdown(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+  """
+  rows = ["| " + " | ".join(line) + " |" for line in (heads, *lines)]
+  return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])

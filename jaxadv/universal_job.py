@@ -41,7 +41,6 @@ from jaxadv import (
   threats,
   universal_report,
   victim_job,
-  victims,
 )
 from jaxadv.experiments import Config, UniversalStudy, load_config
 from jaxadv.progress import Progress, silent
@@ -142,12 +141,7 @@ def prepare(
   seed = {k: v for k, v in (overrides or {}).items() if k == "seed"}
   study = dataclasses.replace(config.experiment, **seed)
   prepared = victim_job.prepare(
-    config_path,
-    quick=quick,
-    source=source,
-    out=out,
-    overrides=overrides,
-    progress=progress,
+    config, quick=quick, source=source, out=out, overrides=overrides, progress=progress
   )
   test_set = next(iter(prepared.tasks.values())).parts.test
   settings = {
@@ -281,7 +275,7 @@ def _measure_per_image(run, subject, victim, share):
 
 def radius(run: Run, share: float) -> float:
   """The radius of a share of the mean norm of the training images."""
-  images = jnp.asarray(victims.as_float(run.parts.train.images))
+  images = jnp.asarray(data.as_float(run.parts.train.images))
   return threats.share_of_norm(
     images, share, norm=run.study.norm, norm_channels=run.study.norm_channels
   )
@@ -295,7 +289,11 @@ def _craft_cell(run, subject, cell):
   show = run.victims.progress if plan.steps else silent
   places = folder / "checkpoints"
   with show(label, plan.steps, checkpoints.latest(places) or 0) as advance:
-    state = crafting.craft(plan, subject, eps, folder=places, advance=advance)
+
+    def on_step(n, state, metrics):
+      advance(1, f"fooled {float(metrics['success']):.2f}")
+
+    state = crafting.craft(plan, subject, eps, folder=places, on_step=on_step)
   seconds = time.perf_counter() - started
   tables = crafting.measure(subject, state.delta)
   _store(folder, np.asarray(state.delta))
@@ -362,7 +360,7 @@ def _row(run, cell):
 def _exhibits(run) -> Iterator[universal_report.Exhibit]:
   """A test image with each crafted perturbation of the middle share, as stored."""
   view, shares = crafting.VIEWS["stored"], run.study.shares
-  clean = victims.as_float(run.parts.test.images[:1])[0]
+  clean = data.as_float(run.parts.test.images[:1])[0]
   for cell in _all_cells(run):
     if cell.name in CONTROLS or cell.share != shares[len(shares) // 2]:
       continue

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxadv import data, records, victims
-from jaxadv.experiments import Recipe, UniversalStudy, load_config
+from jaxadv.experiments import Config, Recipe, UniversalStudy, load_config
 from jaxadv.progress import Progress, silent
 
 __all__ = [
@@ -102,7 +102,7 @@ class Run(NamedTuple):
 
 
 def prepare(
-  config_path: str | pathlib.Path,
+  config: str | pathlib.Path | Config,
   *,
   quick: bool = False,
   source: str | None = None,
@@ -113,7 +113,7 @@ def prepare(
   """Reads the config and the data of every victim, and checks all before any trains.
 
   Args:
-    config_path: a config of any kind.
+    config: a config file of any kind, or one that has been read.
     quick: asks the config for its smallest form.
     source: data source to use instead of the config's.
     out: folder of the run; `runs/NAME`, or `runs/NAME-quick`, by default.
@@ -128,15 +128,19 @@ def prepare(
     JobError: for data that cannot be found or does not fit, and for an override of a
       field that the config does not have.
   """
-  config = load_config(config_path, quick=quick)
+  if not isinstance(config, Config):
+    config = load_config(config, quick=quick)
   folder = pathlib.Path(out or f"runs/{config.name}{'-quick' if quick else ''}")
   built = config.experiment
   several = isinstance(built, UniversalStudy)
-  tasks = {}
-  for name, recipe in (built.victims if several else {config.name: built}).items():
-    recipe = override(recipe, overrides or {})
-    place = folder / "victims" / name if several else folder / "victim"
-    tasks[name] = plan(recipe, load(recipe, source), place)
+  recipes = built.victims if several else {config.name: built}
+  recipes = {k: override(recipe, overrides or {}) for k, recipe in recipes.items()}
+  parts = load(next(iter(recipes.values())), source)  # the victims of a study share it
+
+  def place(name):
+    return folder / "victims" / name if several else folder / "victim"
+
+  tasks = {name: plan(recipe, parts, place(name)) for name, recipe in recipes.items()}
   return Run(folder, tasks, progress)
 
 

@@ -32,7 +32,6 @@ from jaxadv.progress import Progress, silent
 __all__ = [
   "SCORES",
   "Trained",
-  "as_float",
   "assess",
   "describe",
   "evaluate",
@@ -201,8 +200,8 @@ def predictions(
   Returns:
     `(N,)` or `(N, H, W)` int32.
   """
-  call = functools.partial(_decide, predict, variables)
-  return _over_batches(call, images, batch_size)
+  call = lambda batch: _decide(predict, variables, data.as_float(batch))
+  return loops.over_batches(call, images, size=batch_size)
 
 
 def assess(
@@ -227,16 +226,10 @@ def assess(
   if dataset.kind == "mask":
     decided = predictions(predict, variables, dataset.images, batch_size=batch_size)
     return evaluate(decided, dataset)
-  call = functools.partial(_answer, predict, variables)
-  logits = _over_batches(call, dataset.images, batch_size)
+  call = lambda batch: _answer(predict, variables, data.as_float(batch))
+  logits = loops.over_batches(call, dataset.images, size=batch_size)
   report = scores.label_sets if dataset.kind == "set" else scores.classification
   return report(logits, dataset.labels, dataset.class_names)
-
-
-def as_float(images: np.ndarray) -> np.ndarray:
-  """Images in [0, 1]: uint8 divided by 255, float as it is; float32."""
-  scale = np.float32(255 if images.dtype == np.uint8 else 1)
-  return images.astype(np.float32) / scale
 
 
 def evaluate(prediction: np.ndarray, dataset: data.Dataset) -> dict[str, float]:
@@ -262,16 +255,6 @@ def evaluate(prediction: np.ndarray, dataset: data.Dataset) -> dict[str, float]:
   measured = jax.jit(jax.vmap(one))(prediction, dataset.labels)
   means = {name: float(value.mean()) for name, value in measured.items()}
   return means | {"images": len(prediction)}
-
-
-def _over_batches(call, images, batch_size):
-  found = []
-  for start in range(0, len(images), batch_size):
-    batch = as_float(images[start : start + batch_size])
-    missing = batch_size - len(batch)
-    filled = np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
-    found.append(np.asarray(call(filled))[: len(batch)])
-  return np.concatenate(found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
