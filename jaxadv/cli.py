@@ -99,11 +99,11 @@ def _show(heads, lines):
 
   shown = table.Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
   for i, head in enumerate(heads):
-    shown.add_column(head, justify="right" if i else "left")
+    shown.add_column(head, justify="right" if i else "left", no_wrap=not i)
   for line in lines:
     shown.add_row(*line)
   # A pipe has no width of its own; eighty columns would break the table.
-  width = None if sys.stdout.isatty() else 120
+  width = None if sys.stdout.isatty() else 200
   console.Console(width=width).print(shown)
 
 

@@ -46,6 +46,7 @@ class Attack(NamedTuple):
     finish: `(predict, x, target, state, losses) -> AttackResult`.
     num_steps: steps at most.
     can_stop: whether examples stop early, so that the loop may end early.
+    follow: `step` that also returns the gradient `(B, ...)` of the objective there.
   """
 
   init: Callable[..., tuple[Perturbation, Target]]
@@ -53,6 +54,7 @@ class Attack(NamedTuple):
   finish: Callable[..., AttackResult]
   num_steps: int
   can_stop: bool = False
+  follow: Callable[..., tuple[Perturbation, Array, Any]] | None = None
 
   def __call__(self, key: Array, predict: Predict, x: Images, y: Any) -> AttackResult:
     """Attacks a batch in one compiled loop.
@@ -170,12 +172,16 @@ def gradient_attack(
     )
     return jax.vmap(start)(example_keys(key, x.shape[0]), x), target
 
-  def step(predict, x, target, state):
+  def follow(predict, x, target, state):
     loss_at = functools.partial(evaluate, predict, x, target, state)
-    loss, gradient, sample = stepping.pull_back(loss_at, state.delta)
+    loss, cost, sample = stepping.pull_back(loss_at, state.delta)
     state = jax.vmap(remember)(state, stepping.judge(objective, sample, loss))
     done = jnp.zeros_like(state.done) if stop is None else jax.vmap(stop)(sample)
-    return jax.vmap(advance)(state, gradient, loss, sample, done), loss
+    state = jax.vmap(advance)(state, cost, loss, sample, done)
+    return state, loss, jax.tree.map(jnp.negative, cost)
+
+  def step(predict, x, target, state):
+    return follow(predict, x, target, state)[:2]
 
   def finish(predict, x, target, state, losses):
     loss, sample = evaluate(predict, x, target, state, state.delta)
@@ -199,7 +205,7 @@ def gradient_attack(
     )
     return jax.lax.stop_gradient(result)
 
-  return Attack(init, step, finish, num_steps, stop is not None)
+  return Attack(init, step, finish, num_steps, stop is not None, follow)
 
 
 def universal_attack(

@@ -45,8 +45,6 @@ class Path(NamedTuple):
 def watch(attack: Attack) -> Callable[..., tuple[AttackResult, Path]]:
   """The attack as a function that also returns its path.
 
-  The gradient is taken a second time, so this is no way to measure run time.
-
   Args:
     attack: of the engine, with an array as its perturbation and one loss, that takes
       all its steps: an example that stands still would look steady.
@@ -55,7 +53,7 @@ def watch(attack: Attack) -> Callable[..., tuple[AttackResult, Path]]:
     `(key, predict, x, y) -> (result, path)`, the result being that of the attack.
 
   Raises:
-    ValueError: for an attack that stops early.
+    ValueError: for an attack that stops early, and for one without `follow`.
 
   Example:
     >>> from jaxadv import attacks
@@ -68,16 +66,15 @@ def watch(attack: Attack) -> Callable[..., tuple[AttackResult, Path]]:
   """
   if attack.can_stop:
     raise ValueError("the attack stops early; build it without `stop` to watch it.")
+  follow = attack.follow
+  if follow is None:
+    raise ValueError("the attack has no `follow`; build it by `gradient_attack`.")
 
   def run(key, predict, x, y):
     state, target = attack.init(key, predict, x, y)
 
-    def loss(delta, state):
-      state, losses = attack.step(predict, x, target, state._replace(delta=delta))
-      return losses.sum(), (state, losses)
-
     def step(state, _):
-      gradient, (moved, losses) = jax.grad(loss, has_aux=True)(state.delta, state)
+      moved, losses, gradient = follow(predict, x, target, state)
       return moved, (losses, Path(state.delta, gradient))
 
     state, (losses, path) = jax.lax.scan(step, state, length=attack.num_steps)

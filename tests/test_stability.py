@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.spatial.distance
 
-from jaxadv import attacks, losses, stability, threats
+from jaxadv import attacks, losses, models, stability, threats
 
 KEY = jax.random.key(0)
 MODEL = helpers.convnet()
@@ -18,6 +18,27 @@ RNG = np.random.default_rng(0)
 
 def watch(attack, x=X, y=Y, model=MODEL):
   return jax.jit(lambda x, y: stability.watch(attack)(KEY, model, x, y))(x, y)
+
+
+def test_an_attack_that_does_not_show_its_gradient_is_refused():
+  attack = attacks.pgd(0.1)._replace(follow=None)
+  with pytest.raises(ValueError, match="has no `follow`"):
+    stability.watch(attack)
+
+
+def test_watching_takes_no_pass_more():
+  """The gradient is that of the step: no convolution is there twice."""
+  attack = attacks.smia(0.05, num_steps=3)
+  model = models.ConvNet(num_classes=3, width=4, depth=2, norm="none")
+  variables = model.init(KEY, X)
+  predict = lambda x: model.apply(variables, x)
+  labels = jnp.argmax(predict(X)[0], -1)
+
+  def convolutions(run):
+    call = jax.jit(lambda x, y: run(KEY, predict, x, y))
+    return call.lower(X, labels).compile().as_text().count(" convolution(")
+
+  assert convolutions(stability.watch(attack)) == convolutions(attack) > 0
 
 
 @pytest.mark.parametrize(
