@@ -7,6 +7,7 @@ python benchmarks/universal.py runs/uap_blood
 import argparse
 import json
 import pathlib
+import statistics
 from collections.abc import Sequence
 
 from jaxadv import summaries, universal_report
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(summaries.markdown(*universal_report.table(results)))
     print("\nOver the victims, lowest to highest, and how many exceed 80 %:\n")
     print(summaries.markdown(*over_victims(*universal_report.rates(results))))
+    print("\nMean success of all that was crafted, by how it was judged:\n")
+    print(summaries.markdown(*over_views(results)))
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     print(f"\ncommit {results['commit']}, {versions}; {results['machine']}")
 
@@ -32,6 +35,20 @@ def over_victims(heads, lines):
     columns = zip(*(line[3:] for line in lines if line[2] == share), strict=True)
     found.append([f"{share:.1%}", *map(_spread, columns)])
   return heads[2:], found
+
+
+def over_views(results):
+  """Heads and lines, one line per share: fooling, or the share at the target."""
+  views = ("train_stored", "test_stored", "test_clipped", "test_unclipped")
+  crafted = [row for row in results["rows"] if row["steps"]]
+  lines = []
+  for share in dict.fromkeys(row["share"] for row in crafted):
+    rows = [row for row in crafted if row["share"] == share]
+    kinds = ["fooling" if row["target"] is None else "targeted" for row in rows]
+    pairs = list(zip(kinds, rows, strict=True))
+    means = [statistics.mean(row[f"{k}_{view}"] for k, row in pairs) for view in views]
+    lines.append([f"{share:.1%}", *(f"{mean:.1%}" for mean in means)])
+  return ["share", *(view.replace("_", ", ") for view in views)], lines
 
 
 def _spread(rates):

@@ -6,7 +6,7 @@ fine-tune all layers of ImageNet networks; here EfficientNet-Lite0 (Tan, Le, ICM
 arXiv 1905.11946).
 Data: BCCD pack, 360 train and 90 test cells, RGB, resized from 64 to 128 pixels. The
 weights are a file of the weights pack, in $JAXADV_WEIGHTS or ../shared/weights.
-Expected: not measured yet. Time: not measured yet.
+Expected: accuracy 0.989, AUROC 1.000. Time: 9 minutes on a busy core.
 """
 
 from jaxadv import augment, studies

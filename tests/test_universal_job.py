@@ -199,7 +199,12 @@ def test_the_tables_of_the_docs(finished, capsys):
   ]
   reached = [r for r in results["rows"] if (r["target"], r["share"]) == (0, 0.5)]
   reached = f"{100 * reached[0]['targeted_test_stored']:.0f}"
-  assert found[-1][-2] == f"{reached} to {reached} % (1/1)"
+  assert found[5][-2] == f"{reached} to {reached} % (1/1)"
+  crafted = [r for r in results["rows"] if r["share"] == 0.5 and r["steps"]]
+  kinds = ["fooling" if r["target"] is None else "targeted" for r in crafted]
+  pairs = zip(kinds, crafted, strict=True)
+  mean = np.mean([r[f"{kind}_test_clipped"] for kind, r in pairs])
+  assert found[-1] == ["50.0%", *found[-1][1:3], f"{mean:.1%}", found[-1][4]]
   lines = [["a", 1.0, 0.02, None, 0.1], ["b", 1.0, 0.02, None, 0.855]]
   heads = ["victim", "accuracy", "share", "x", "y"]
   spread = [["2.0%", "-", "10 to 86 % (1/2)"]]
