@@ -6,7 +6,7 @@ published width and from nothing in place of ImageNet weights.
 Data: IDRiD pack, 202 train and 53 test images of 128 pixels, RGB, resized to 64.
 Expected: docs/universal.md. The victims are weak: the pack is small and the grades are
 close.
-Time: not measured yet.
+Time: about an hour on one busy core.
 """
 
 from jaxadv import studies

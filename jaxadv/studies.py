@@ -143,8 +143,7 @@ def universal_grid(
     source: data of all victims.
     quick: one victim, one target and one radius.
     train_steps: of each victim.
-    craft_steps: batches of 32 images per perturbation; on hundreds of images, 240
-      do no better (docs/universal.md).
+    craft_steps: batches of 32 images per perturbation.
     learning_rate: of the victims; see `stepped_sgd`.
     **recipe: other fields of each `Recipe`.
 
