@@ -199,7 +199,7 @@ def test_the_tables_of_the_docs(finished, capsys):
   ]
   reached = [r for r in results["rows"] if (r["target"], r["share"]) == (0, 0.5)]
   reached = f"{100 * reached[0]['targeted_test_stored']:.0f}"
-  assert found[5][-2] == f"{reached} to {reached} % (1/1)"
+  assert found[4][-2] == f"{reached} to {reached} % (1/1)"
   crafted = [r for r in results["rows"] if r["share"] == 0.5 and r["steps"]]
   kinds = ["fooling" if r["target"] is None else "targeted" for r in crafted]
   pairs = zip(kinds, crafted, strict=True)
