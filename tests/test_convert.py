@@ -316,3 +316,12 @@ def _weights(name):
   if not path.exists():
     pytest.skip(f"no {name} in $JAXADV_WEIGHTS or ../shared/weights")
   return path
+
+
+def test_a_head_that_is_kept_needs_values():
+  """Shapes from `jax.eval_shape` would fail later, inside the model."""
+  weights = _weights("efficientnet_lite0_imagenet_fp16.npz")
+  model = models.EfficientNetLite0(3, preprocess="lite")
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  with pytest.raises(ValueError, match=r"head=False keeps params/head/.*model\.init"):
+    convert.load(weights, model, shapes, head=False)

@@ -372,3 +372,8 @@ def test_adam_and_the_masked_rule_in_place_of_the_step():
     )
     state, _ = uap.step(model, uap.init(KEY, batch["image"][0]), batch)
     assert abs(state.delta).max() == pytest.approx(moved)
+
+
+def test_a_transform_beside_a_step_size_is_refused():
+  with pytest.raises(ValueError, match="`transform` replaces `step_size`"):
+    attacks.universal(0.1, step_size=0.1, transform=optax.adam(1e-3))
