@@ -9,7 +9,9 @@ same radius, step, random starts and number of gradients, and once more with so 
 more steps that it takes as long as `smia` by the clock. Printed per task, in Markdown:
 means over the images of the mean over the keys, with 95 % bootstrap intervals over the
 images; standard deviations over the images with intervals over the keys; and SMIA minus
-PGD on the same images. After several tasks, the spread over them of the relative drop.
+PGD on the same images. After several tasks, the main columns of all of them, and the
+spread over them of the relative drop. Every finished task stays; a second call goes on
+with the next.
 
 `clean` and `attacked` are the IoU of a mask, or the share of right decisions, and
 `harm` what is lost of it; `margin` is that of the truth;
@@ -26,6 +28,7 @@ Other models: `tables(compare(Task(name, predict, images, labels), ...))`.
 
 import argparse
 import functools
+import json
 import pathlib
 import statistics
 import time
@@ -57,6 +60,7 @@ STEADY = ("flips", "flips free", "flips held", "cosine", "cosine free", "cosine 
 MEANS = ("clean", "attacked", "harm", "success", "margin", "l2", *STEADY)
 SPREADS = ("margin", "l2")
 PAIRED = ("harm", "margin", *STEADY)
+EXCERPT = ("harm", "margin", "flips free", "cosine free")
 
 
 class Task(NamedTuple):
@@ -106,12 +110,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   done = []
   for path in options.configs:
-    task = trained(path, options)
-    settings = {"eps": options.eps / 255, "num_steps": options.steps}
-    done.append(compare(task, **settings, keys=options.keys, batch=options.batch))
+    done.append(_compared(path, options))
     print(tables(done[-1]), flush=True)
   if len(done) > 1:
-    print(over_tasks(done))
+    print(excerpt(done), over_tasks(done), sep="\n")
+
+
+def _compared(path, options):
+  """The comparison of one config, from its file where it is finished."""
+  task = trained(path, options)  # sees that the folder holds this very victim
+  settings = f"{options.eps:g} {options.steps} {options.images} {options.keys}"
+  file = options.out / path.stem / f"comparison {settings}.json"
+  if not file.exists():
+    eps, keys, batch = options.eps / 255, options.keys, options.batch
+    done = compare(task, eps=eps, num_steps=options.steps, keys=keys, batch=batch)
+    records.write_json(file, done._replace(columns=_jsonable(done.columns))._asdict())
+  found = Comparison(**json.loads(file.read_text()))
+  return found._replace(columns=_arrays(found.columns))
+
+
+def _jsonable(columns):
+  """Lists with null for NaN, which a direction without values has and JSON has not."""
+  return _each(columns, lambda v: np.where(np.isnan(v), None, v).tolist())
+
+
+def _arrays(lists):
+  return _each(lists, lambda v: np.array(v, float))
+
+
+def _each(columns, change):
+  return {
+    name: {column: change(values) for column, values in mine.items()}
+    for name, mine in columns.items()
+  }
 
 
 def trained(path, options):
@@ -164,11 +195,8 @@ def tables(comparison):
     ]
     for name, mine in columns.items()
   ]
-  gaps = [
-    [f"`{name}`", *(_interval((mine[c] - pgd[c]).mean(0)) for c in PAIRED)]
-    for name, mine in columns.items()
-    if name != "pgd"
-  ]
+  others = [name for name in columns if name != "pgd"]
+  gaps = [[f"`{name}`", *_gaps(comparison, name, PAIRED)] for name in others]
   keys, images = pgd["harm"].shape
   about = f"{images} images, {keys} keys. {comparison.about}"
   heads = ["attack", "gradients", "ms per image", *MEANS]
@@ -176,6 +204,19 @@ def tables(comparison):
   parts = [f"\n## {comparison.task}", about, summaries.markdown(heads, lines)]
   parts += ["Minus `pgd`:", summaries.markdown(["attack", *PAIRED], gaps)]
   return "\n\n".join(parts)
+
+
+def excerpt(comparisons, arms=("smia 0.5", "smia 1", "pgd, equal time")):
+  """One Markdown table of several tasks: the main columns, minus those of PGD."""
+  lines = []
+  for comparison in comparisons:
+    for name in arms:
+      pair = (comparison.columns[one]["margin"].std(1).mean() for one in (name, "pgd"))
+      spread = " / ".join(f"{value:.3f}" for value in pair)
+      steps, gaps = comparison.steps[name], _gaps(comparison, name, EXCERPT)
+      lines.append([comparison.task, f"`{name}`", str(steps), *gaps, spread])
+  heads = ["task", "attack", "gradients", *EXCERPT, "sd of margin, its / `pgd`"]
+  return "\n## Minus `pgd`\n\n" + summaries.markdown(heads, lines)
 
 
 def over_tasks(comparisons, draws=2000):
@@ -277,6 +318,12 @@ def _about(task):
       "show at equal gradients.**"
     )
   return "Two classes per pixel: SMIA differs from PGD in the weights of pixels only."
+
+
+def _gaps(comparison, name, columns):
+  """One attack minus PGD on the same images, as intervals."""
+  mine, pgd = comparison.columns[name], comparison.columns["pgd"]
+  return [_interval((mine[column] - pgd[column]).mean(0)) for column in columns]
 
 
 def _interval(values):

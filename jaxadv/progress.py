@@ -28,10 +28,12 @@ def silent(label: str, total: int, done: int = 0) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def terminal(label: str, total: int, done: int = 0) -> Iterator[Advance]:
-  """A live line on the terminal: bar, count, rate, time left and a note.
+  """A live line on standard error: bar, count, rate, time left and a note.
 
-  Where the output is no terminal, the finished line is printed once.
+  Where that is no terminal, the finished line is printed once. Standard output is left
+  to results.
   """
+  from rich import console
   from rich import progress as rich_progress
 
   columns = (
@@ -42,7 +44,8 @@ def terminal(label: str, total: int, done: int = 0) -> Iterator[Advance]:
     rich_progress.TimeRemainingColumn(compact=True),
     rich_progress.TextColumn("[dim]{task.fields[note]}"),
   )
-  with rich_progress.Progress(*columns, speed_estimate_period=60) as bar:
+  shown = console.Console(stderr=True)
+  with rich_progress.Progress(*columns, console=shown, speed_estimate_period=60) as bar:
     task = bar.add_task(label, total=total, completed=done, rate="", note="")
 
     def advance(count: int, note: str) -> None:

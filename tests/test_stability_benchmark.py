@@ -1,5 +1,7 @@
 """The comparison of SMIA with PGD runs, on classes and masks, and names confounds."""
 
+import json
+
 import helpers
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,8 @@ from jaxadv.experiments import Experiment
 from jaxadv.models.unet import UNet
 
 def get_config(*, quick=False):
-  return Experiment(model=UNet(num_classes=2, width=2, depth=1), train_steps=2,
-                    optimizer=optax.sgd(0.1), data=(DATA,),
+  return Experiment(model=UNet(num_classes=2, width=2, depth=1), train_steps=30,
+                    optimizer=optax.adam(0.03), data=(DATA,),
                     attacks={"none": combine.identity})
 """
 
@@ -62,14 +64,34 @@ def test_two_classes_are_marked_as_a_confound(script):
   assert "no gain can show at equal gradients" in script.tables(got)
 
 
-def test_the_command_trains_a_victim_and_prints_its_table(
-  script, discs, tmp_path, capsys
+def test_the_command_keeps_its_victims_and_comparisons(
+  script, discs, tmp_path, capsys, monkeypatch
 ):
   config = tmp_path / "toy.py"
   config.write_text(CONFIG.replace("DATA", repr(str(discs))))
   words = ["--images", "3", "--steps", "2", "--keys", "2", "--batch", "2"]
-  script.main([str(config), "--out", str(tmp_path / "out"), *words])
+  words += ["--out", str(tmp_path / "out")]
+  script.main([str(config), *words])
   text = capsys.readouterr().out
   assert "## toy" in text
   assert "3 images, 2 keys. Two classes per pixel" in text
   assert text.count("| `pgd, equal time` |") == 2
+
+  def again(*_, **__):
+    raise AssertionError("a finished comparison is made again")
+
+  monkeypatch.setattr(script, "compare", again)
+  script.main([str(config), str(config), *words])
+  both = capsys.readouterr().out
+  assert both.count(text) == 2
+  gap = text.split("| `smia 0.5` |")[2].split(" |")[0].strip()  # of the harm
+  assert both.count(f"| toy | `smia 0.5` | 2 | {gap} |") == 2
+  assert "## All tasks" in both
+
+
+def test_a_direction_without_values_survives_its_file(script):
+  columns = {"pgd": {"cosine free": np.array([[0.5, np.nan]])}}
+  found = script._arrays(json.loads(json.dumps(script._jsonable(columns))))
+  np.testing.assert_array_equal(
+    found["pgd"]["cosine free"], columns["pgd"]["cosine free"]
+  )
