@@ -60,6 +60,13 @@ def adam(eps, *, norm, num_steps):
   return attacks.universal(eps, norm=norm, transform=optax.adam(1e-3))
 
 
+def sequential(attack=None):
+  """The published iterative algorithm: image by image, with an acceptance test."""
+  return lambda eps, *, norm, num_steps: attacks.sequential_universal(
+    eps, norm=norm, attack=attack
+  )
+
+
 RULES = {
   "released": constant(0.8, capped(12.0)),
   "default": attacks.universal,
@@ -75,6 +82,8 @@ RULES = {
   "margin to 2": falling(1.0, losses.cap(losses.margin, 2.0)),
   "unit gradients": units,
   "adam 1e-3": adam,
+  "sequential FGSM": sequential(),
+  "sequential DeepFool": sequential(attacks.deepfool(num_steps=10)),
 }
 
 
