@@ -5,7 +5,8 @@
 
 Takes the trained victims of the study. Each goes through rounds of two arms: the
 published retraining on stored perturbations, and universal adversarial training; both
-at the last learning rate of the victims, as published, and at the first one. After each
+at every one of the `--rates`: by default the last learning rate of the seven victims of
+`studies.universal_grid`, as published, and their first one. After each
 round: clean accuracy, fooling by a fresh perturbation, by the one that was crafted
 before the first round, and by the random sign control; on test images as stored in 8
 bits. Every finished victim and arm stays; a second call goes on with the next.

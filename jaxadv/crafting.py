@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import attacks, checkpoints, data, loops, outcomes, threats
+from jaxadv import attacks, checkpoints, data, fingerprints, loops, outcomes, threats
 from jaxadv.engine import Universal
 from jaxadv.types import Array, Perturbation, call
 
@@ -28,6 +28,7 @@ __all__ = [
   "decisions",
   "measure",
   "per_image",
+  "program",
   "stream",
   "subject",
 ]
@@ -149,6 +150,32 @@ def craft(
 
   batches = stream(subject.train, plan, start=done)
   return loops.fit(step, state, batches, num_steps=plan.steps - done, on_step=after)
+
+
+def program(plan: Plan, dataset: data.Dataset, outputs: Any) -> str:
+  """A crafting step as a hash, in which steps and schedules are literals.
+
+  Args:
+    plan: what to do.
+    dataset: images that it is going to take.
+    outputs: shapes of the victim's outputs; it is traced with a linear model instead.
+  """
+  batch = next(data.batches(dataset, 2))
+  batch["decision"] = batch["label"]
+  image = jnp.asarray(batch["image"])
+
+  def linear(x):
+    total = x.reshape(len(x), -1).sum(1)
+    ones = lambda out: jnp.ones(out.shape[1:], out.dtype)
+    each = lambda value: jax.tree.map(lambda out: value * ones(out), outputs)
+    return jax.vmap(each)(total)
+
+  def step(eps):
+    uap = build(plan, eps)
+    state = uap.init(jax.random.key(0), image[0])
+    return uap.step(linear, state, batch)[0].delta
+
+  return f"{plan.steps} steps of {fingerprints.program(step, 0.1)}"
 
 
 def decisions(

@@ -346,7 +346,7 @@ def _parts(batch, threat, axis_name):
     place = place + len(x) * jax.lax.axis_index(axis_name)
   y = {k: v for k, v in batch.items() if k not in ("image", "weight", "id")}
   inputs.check_batch(x, {"label": place} | y, threat.bounds)
-  return x, y, batch.get("weight", jnp.ones(len(x))), batch.get("id", place)
+  return x, y, inputs.as_weights(batch.get("weight"), len(x)), batch.get("id", place)
 
 
 def _each(example, gradient):

@@ -64,7 +64,10 @@ def input_diversity(
     fill: value of the border; for fundus images use that of the background.
 
   Returns:
-    A forward.
+    A forward, for classes and label sets.
+
+  Raises:
+    ValueError: for logits of masks.
 
   Differs from the original code, which enlarges by up to 1.1 with nearest neighbour and
   feeds a larger image; like torchattacks, the size of the input is kept.
@@ -92,7 +95,13 @@ def input_diversity(
 
   def forward(predict, keys, image, clean):
     del clean
-    return call(predict, jax.vmap(augment)(keys, image))
+    logits, features = call(predict, jax.vmap(augment)(keys, image))
+    if logits.ndim > 2:
+      raise ValueError(
+        f"logits {logits.shape} are those of masks, and diverse inputs move the image "
+        "and not its mask; write another forward, such as `types.plain`."
+      )
+    return logits, features
 
   return forward
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
+  "as_weights",
   "check_batch",
   "check_choice",
   "check_classes",
@@ -19,6 +20,7 @@ __all__ = [
   "check_image",
   "check_num_steps",
   "check_positive",
+  "check_range",
   "check_shapes",
   "check_share",
 ]
@@ -118,8 +120,46 @@ def check_batch(x: Any, y: Any, bounds: tuple[Any, Any] | None) -> None:
       "Write x[None] for a single image."
     )
   _check_leading_axis(y, x.shape[0])
-  if bounds is not None and all(map(_is_concrete, (x, *bounds))):
-    _check_range(np.asarray(x), *bounds)
+  if bounds is not None:
+    check_range(x, *bounds)
+
+
+def check_range(x: Any, low: Any, high: Any) -> None:
+  """Raises `ValueError` unless concrete `x` are finite and inside the bounds."""
+  if not all(map(_is_concrete, (x, low, high))):
+    return
+  x = np.asarray(x)
+  if not np.isfinite(x).all():
+    raise ValueError("`x` holds values that are not finite; mend the images first.")
+  # a rounding of the caller's own scaling is not an error
+  slack = 1e-6 * (np.asarray(high) - np.asarray(low))
+  if (x < low - slack).any() or (x > high + slack).any():
+    raise ValueError(
+      f"`x` spans [{x.min():g}, {x.max():g}], outside the bounds [{low}, {high}]. "
+      "Divide 8-bit images by 255; keep mean/std normalisation inside `predict`."
+    )
+
+
+def as_weights(weight: Any, batch: int) -> jax.Array:
+  """Weights `(B,)` of examples as floats, 1 for `None`; raises for any other shape.
+
+  Example:
+    >>> as_weights(jnp.array([True, False]), 2).tolist()
+    [1.0, 0.0]
+    >>> as_weights(jnp.ones(3), 2)
+    Traceback (most recent call last):
+    ...
+    ValueError: `weight` has shape (3,); write one number per image, (2,).
+  """
+  if weight is None:
+    return jnp.ones(batch)
+  if jnp.shape(weight) != (batch,):
+    shape = jnp.shape(weight)
+    raise ValueError(
+      f"`weight` has shape {shape}; write one number per image, ({batch},)."
+    )
+  check_positive("weight", weight)
+  return jnp.asarray(weight, jnp.result_type(float))
 
 
 def check_image(image: Any) -> None:
@@ -193,18 +233,6 @@ def _check_leading_axis(y, batch):
     raise TypeError(
       f"labels have dtype {label.dtype}; write integer class indices, one per image or "
       "pixel."
-    )
-
-
-def _check_range(x, low, high):
-  if not np.isfinite(x).all():
-    raise ValueError("`x` holds values that are not finite; mend the images first.")
-  # a rounding of the caller's own scaling is not an error
-  slack = 1e-6 * (np.asarray(high) - np.asarray(low))
-  if (x < low - slack).any() or (x > high + slack).any():
-    raise ValueError(
-      f"`x` spans [{x.min():g}, {x.max():g}], outside the bounds [{low}, {high}]. "
-      "Divide 8-bit images by 255; keep mean/std normalisation inside `predict`."
     )
 
 

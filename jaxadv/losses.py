@@ -73,9 +73,8 @@ def masked_cross_entropy(sample: Sample) -> jax.Array:
 
 def binary_cross_entropy(sample: Sample) -> jax.Array:
   """Mean over labels of `-log sigmoid((2y - 1) z)`. Logits and labels `(L,)`."""
-  return _mean(
-    optax.sigmoid_binary_cross_entropy(_logits(sample), sample.target["label"]), sample
-  )
+  z, label = _logits(sample), sample.target["label"]
+  return _mean(optax.sigmoid_binary_cross_entropy(z, label), sample)
 
 
 def task_loss(sample: Sample) -> jax.Array:
@@ -85,9 +84,7 @@ def task_loss(sample: Sample) -> jax.Array:
     >>> print(task_loss(_example([0.0, 0.0], 1)), task_loss(_example([0.0], [1])))
     0.6931472 0.6931472
   """
-  return (
-    binary_cross_entropy(sample) if _is_label_set(sample) else cross_entropy(sample)
-  )
+  return (binary_cross_entropy if _is_label_set(sample) else cross_entropy)(sample)
 
 
 def label_margin(
@@ -111,8 +108,8 @@ def label_margin(
     >>> label_margin(_example([2.0, -1.0], [1, 0])).item()
     -1.5
   """
-  right = 2 * sample.target["label"] - 1
-  margins = right * (_logits(sample) - threshold)
+  above = _logits(sample) - threshold
+  margins = jnp.where(sample.target["label"], above, -above)
   return _mean(-jnp.maximum(margins, -slack), sample)
 
 
@@ -161,17 +158,13 @@ def smoothed_agreement(
     weight = jnp.where(sample.progress == 0, 0, weight)
   if _is_label_set(sample):
     q = jax.nn.sigmoid(twin) if reference == "soft" else twin > 0
-    y = jnp.asarray(sample.target["label"])
+    y = jnp.asarray(sample.target["label"], z.dtype)
     on, off = sign * y - weight * q, sign * (1 - y) - weight * (1 - q)
     return _mean(-on * jax.nn.log_sigmoid(z) - off * jax.nn.log_sigmoid(-z), sample)
   one_hot = functools.partial(jax.nn.one_hot, num_classes=z.shape[-1], dtype=z.dtype)
   q = jax.nn.softmax(twin) if reference == "soft" else one_hot(jnp.argmax(twin, -1))
-  truth = one_hot(sample.target["label"])
-  return _mean(
-    (sign - weight) * jax.nn.logsumexp(z, -1)
-    - ((sign * truth - weight * q) * z).sum(-1),
-    sample,
-  )
+  agreement = (q * _gaps(sample)).sum(-1, where=~_one_hot(sample))
+  return _mean((sign - weight) * _cross_entropies(sample) + weight * agreement, sample)
 
 
 def jensen_shannon(sample: Sample) -> jax.Array:
@@ -309,19 +302,17 @@ def mask_logits(sample: Sample) -> jax.Array:
   Reference: Ozbulak et al., MICCAI 2019, arXiv 1907.13124.
   """
   wanted = _pick(_logits(sample), sample.target["label"])
-  return jnp.where(_wrong(sample) & valid_pixels(sample), wanted, 0).sum()
+  return jnp.where(_wrong(sample), wanted, 0).sum()
 
 
 def active_margin(sample: Sample) -> jax.Array:
   """Mean of `z_y - max_{c != y} z_c` over the pixels not yet at their target, or 0."""
-  wrong = _wrong(sample) & valid_pixels(sample)
-  return mask_margin(sample) / jnp.maximum(wrong.sum(), 1)
+  return mask_margin(sample) / jnp.maximum(_wrong(sample).sum(), 1)
 
 
 def mask_margin(sample: Sample) -> jax.Array:
   """`sum z_y - max_{c != y} z_c` over the pixels not yet at their target."""
-  wrong = _wrong(sample) & valid_pixels(sample)
-  return jnp.where(wrong, _margins(sample), 0).sum()
+  return jnp.where(_wrong(sample), _margins(sample), 0).sum()
 
 
 def negate(loss: LossFn) -> LossFn:
@@ -367,15 +358,25 @@ def _pick(z, index):
   return jnp.where(index[..., None] == classes, z, 0).sum(-1)
 
 
-def _margins(sample):
+def _gaps(sample):
+  """`z_k - z_y`, exactly 0 at the label."""
   z = _logits(sample)
-  other = jnp.where(_one_hot(sample), -jnp.inf, z).max(-1)
-  return _pick(z, sample.target["label"]) - other
+  return z - _pick(z, sample.target["label"])[..., None]
+
+
+def _rivals(sample):
+  """`z_k - z_y` of the others."""
+  return jnp.where(_one_hot(sample), -jnp.inf, _gaps(sample))
+
+
+def _margins(sample):
+  return -_rivals(sample).max(-1)
 
 
 def _cross_entropies(sample):
-  z = _logits(sample)
-  return jax.nn.logsumexp(z, -1) - _pick(z, sample.target["label"])
+  # the gradient of `logsumexp(z) - z_y` has `p_y - 1` in it, 0 in float32 once the
+  # label leads by 17: a sign step then follows one class and not the difference of two
+  return jax.nn.softplus(jax.nn.logsumexp(_rivals(sample), -1))
 
 
 def _is_label_set(sample):
@@ -383,8 +384,9 @@ def _is_label_set(sample):
 
 
 def _wrong(sample):
+  """Where a valid decision differs from the label."""
   label = sample.target["label"]
-  return masks.decision(sample.logits, label) != label
+  return (masks.decision(sample.logits, label) != label) & valid_pixels(sample)
 
 
 def _mean(values, sample):

@@ -32,16 +32,17 @@ def count(
     weight: `(N,)`, 0 for padding.
 
   Returns:
-    `(K, K, K)` int32.
+    `(K, K, K)` int32; an example with a class outside 0..K-1 is in no cell.
 
   Example:
     >>> truth, before, after = jnp.array([[0, 1], [0, 0], [1, 0]])
     >>> count(truth, before, after, num_classes=2).tolist()
     [[[0, 1], [0, 0]], [[1, 0], [0, 0]]]
   """
-  truth, before, after = map(jnp.asarray, (truth, before, after))
-  place = (truth * num_classes + before) * num_classes + after
-  counted = jnp.ones(len(place), bool) if weight is None else jnp.asarray(weight) > 0
+  found = jnp.stack([jnp.asarray(v, jnp.int32) for v in (truth, before, after)])
+  place = jnp.ravel_multi_index(tuple(found), (num_classes,) * 3, mode="clip")
+  weight = jnp.ones(len(place)) if weight is None else jnp.asarray(weight)
+  counted = ((found >= 0) & (found < num_classes)).all(0) & (weight > 0)
   table = jax.ops.segment_sum(counted.astype(jnp.int32), place, num_classes**3)
   return table.reshape((num_classes,) * 3)
 
@@ -58,6 +59,9 @@ def rates(table: np.ndarray, *, target: int | None = None) -> dict[str, Any]:
   Args:
     table: from `count`, or a sum of such tables.
     target: class the attack aimed at.
+
+  Raises:
+    ValueError: for a target outside the classes.
 
   Returns:
     `fooling`, `error`, `clean_error`, `one_class`, `per_class` (fooling of each class
@@ -80,6 +84,8 @@ def rates(table: np.ndarray, *, target: int | None = None) -> dict[str, Any]:
     "per_class": [1 - _share(flow[k, k], flow[k].sum()) for k in range(len(flow))],
   }
   if target is not None:
+    if not 0 <= target < len(flow):
+      raise ValueError(f"`target` is {target}; the classes are 0..{len(flow) - 1}.")
     away = np.delete(flow, target, 0)
     found["targeted"] = _share(flow[:, target].sum(), flow.sum())
     found["moved"] = _share(away[:, target].sum(), away.sum())

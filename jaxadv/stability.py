@@ -166,7 +166,7 @@ def true_margin(logits: Array, label: Array) -> Array:
     2.0
   """
   if logits.shape == label.shape:
-    return jnp.mean((2 * label - 1) * logits)
+    return jnp.mean(jnp.where(label, logits, -logits))
   truth = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
   right = jnp.where(truth, logits, -jnp.inf).max(-1)
   return jnp.mean(right - jnp.where(truth, -jnp.inf, logits).max(-1))

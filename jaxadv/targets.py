@@ -54,10 +54,15 @@ def least_likely(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
 def constant(k: int | jax.Array) -> PrepareFn:
   """Class `k` for every image and pixel; a traced `k` is not checked.
 
+  Raises:
+    TypeError: for a `k` that is no integer.
+
   Example:
     >>> constant(1)(lambda x: x, jnp.zeros((3, 2)), None)["label"].tolist()
     [1, 1, 1]
   """
+  if isinstance(k, bool) or not jnp.issubdtype(jnp.result_type(k), jnp.integer):
+    raise TypeError(f"target is {k!r}; write the index of a class, such as 0.")
 
   def prepare(predict, x, y):
     del y

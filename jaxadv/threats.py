@@ -250,8 +250,8 @@ def share_of_norm(
 
   Raises:
     TypeError: for images that are not float, such as uint8.
-    ValueError: for a share that is not positive, no image, an unknown norm or choice of
-      channels.
+    ValueError: for a share that is not positive, no image, values outside [0, 1], an
+      unknown norm or choice of channels.
 
   Example:
     >>> round(share_of_norm(jnp.full((2, 10, 10, 3), 0.5), 0.04, norm="linf"), 3)
@@ -266,6 +266,7 @@ def share_of_norm(
   if not len(images):
     raise ValueError("there are no images; their mean norm needs at least one.")
   inputs.check_image(images[0])
+  inputs.check_range(images, 0.0, 1.0)
   images = images if norm_channels == "all" else images[..., :1]
   order = 2 if norm == "l2" else jnp.inf
   flat = images.reshape(len(images), -1)

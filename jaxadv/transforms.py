@@ -88,7 +88,7 @@ def step_to_boundary(overshoot: float | jax.Array) -> Any:
   """The step to the nearest of S linearised boundaries `loss_k = 0`.
 
   `(1 + overshoot) |f_k| w_k / ||w_k||^2` for the k with the smallest `|f_k| / ||w_k||`;
-  zero where no gradient is.
+  zero where no class has a gradient and a finite loss.
 
   Args:
     overshoot: share by which the step goes too far.
@@ -99,9 +99,10 @@ def step_to_boundary(overshoot: float | jax.Array) -> Any:
     flat = g.reshape(len(value), -1)
     norm = jnp.sqrt(jnp.square(flat).sum(1))
     distance = jnp.abs(value) / jnp.maximum(norm, jnp.finfo(g.dtype).tiny)
-    nearest = jnp.argmin(jnp.where(norm > 0, distance, jnp.inf))
+    distance = jnp.where((norm > 0) & jnp.isfinite(distance), distance, jnp.inf)
+    nearest = jnp.argmin(distance)
     step = -(1 + overshoot) * distance[nearest] * _unit(flat[nearest], 2)
-    return jnp.where(norm.max() > 0, step, 0).reshape(g.shape[1:]), state
+    return jnp.where(distance.min() < jnp.inf, step, 0).reshape(g.shape[1:]), state
 
   return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 

@@ -133,7 +133,7 @@ def call(predict: Predict, image: Images) -> tuple[Array, Features]:
 def valid_pixels(sample: Sample) -> Array:
   """Pixels that count: `target["mask"]` where given, every pixel otherwise."""
   label = sample.target["label"]
-  return sample.target.get("mask", jnp.ones(jnp.shape(label), bool))
+  return jnp.asarray(sample.target.get("mask", jnp.ones(jnp.shape(label))), bool)
 
 
 def overlap(sample: Sample) -> Array:
@@ -146,25 +146,27 @@ def overlap(sample: Sample) -> Array:
 def fooled(sample: Sample, *, threshold: float = 0.5) -> Array:
   """Success of an untargeted attack on one example.
 
-  A class or label set: the decision differs from the label. A mask: its IoU with the
-  label has fallen below `threshold`.
+  A class: the decision differs from the label. A label set: so does one of the valid
+  ones. A mask: its IoU with the label has fallen below `threshold`.
   """
   if _is_mask(sample):
     return _finite(sample) & (overlap(sample) < threshold)
   label = sample.target["label"]
-  return _finite(sample) & jnp.any(masks.decision(sample.logits, label) != label)
+  wrong = masks.decision(sample.logits, label) != label
+  return _finite(sample) & jnp.any(wrong & valid_pixels(sample))
 
 
 def reached(sample: Sample, *, threshold: float = 0.95) -> Array:
   """Success of a targeted attack on one example.
 
-  A class or label set: the decision equals the label the attacker wants. A mask: its
-  IoU with the wanted mask is at least `threshold`.
+  A class: the decision equals the label the attacker wants. A label set: so do all
+  valid ones. A mask: its IoU with the wanted mask is at least `threshold`.
   """
   if _is_mask(sample):
     return _finite(sample) & (overlap(sample) >= threshold)
   label = sample.target["label"]
-  return _finite(sample) & jnp.all(masks.decision(sample.logits, label) == label)
+  right = masks.decision(sample.logits, label) == label
+  return _finite(sample) & jnp.all(right | ~valid_pixels(sample))
 
 
 def _is_mask(sample):

@@ -13,6 +13,7 @@ Both random controls stand beside the perturbations of every victim and share, a
 attacks on single images reach.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -41,6 +42,7 @@ from jaxadv import (
   threats,
   universal_report,
   victim_job,
+  victims,
 )
 from jaxadv.experiments import Config, UniversalStudy, load_config
 from jaxadv.progress import Progress, silent
@@ -156,7 +158,7 @@ def prepare(
   }
   run = Run(config, study, prepared, settings)
   _check(run)
-  programs = {name: _program(run, name, plan) for name, plan in run.plans.items()}
+  programs = _programs(run)
   return run._replace(settings=settings | {"perturbations": programs})
 
 
@@ -165,6 +167,7 @@ def craft(run: Run) -> dict[str, Any]:
 
   Raises:
     RecordError: when the folder holds another run, or another run is using it.
+    JobError: for a victim whose logits are not finite, and a torn checkpoint.
   """
   started = time.perf_counter()
   with records.lock(run.folder):
@@ -199,7 +202,17 @@ def _trained(run, task):
   """The victim with its clean decisions, and its evaluation."""
   victim = victim_job.train(task, progress=run.victims.progress)
   parts = task.parts.train, task.parts.test
-  return crafting.subject(victim.predict, victim.variables, *parts), victim.evaluation
+  with _refused(task.folder):
+    attacked = crafting.subject(victim.predict, victim.variables, *parts)
+  return attacked, victim.evaluation
+
+
+@contextlib.contextmanager
+def _refused(folder):
+  try:
+    yield
+  except ValueError as error:
+    raise JobError(f"{folder}: {error}") from error
 
 
 def _check(run):
@@ -223,26 +236,20 @@ def _check(run):
     raise JobError(f"two perturbations are called {twice[0]!r}; rename one.")
 
 
-def _program(run, name, plan):
-  """Hash of a crafting step, in which steps and schedules are literals."""
-  part, classes = run.parts.train, len(run.parts.train.class_names)
-  batch = next(data.batches(part, 2))
-  batch["decision"] = batch["label"]
-  image = jnp.asarray(batch["image"])
-  weights = jnp.zeros((image[0].size, classes))
-
-  def step(eps):
-    uap = crafting.build(plan, eps)
-    state = uap.init(jax.random.key(0), image[0])
-    return uap.step(lambda x: x.reshape(len(x), -1) @ weights, state, batch)[0].delta
-
-  try:
-    return f"{plan.steps} steps of {fingerprints.program(step, 0.1)}"
-  except Exception as error:  # a config's part may fail in any way
-    raise JobError(
-      f"perturbation {name!r}: {type(error).__name__}: {error}; write a function "
-      "`(eps, *, norm, num_steps) -> Universal`, with `target` where it has one."
-    ) from error
+def _programs(run):
+  """Name -> hash of its crafting step, traced with outputs like the first victim's."""
+  task = next(iter(run.victims.tasks.values()))
+  part, programs = run.parts.train, {}
+  outputs = victims.outputs(task.recipe.model, part)
+  for name, plan in run.plans.items():
+    try:
+      programs[name] = crafting.program(plan, part, outputs)
+    except Exception as error:  # a config's part may fail in any way
+      raise JobError(
+        f"perturbation {name!r}: {type(error).__name__}: {error}; write a function "
+        "`(eps, *, norm, num_steps) -> Universal`, with `target` where it has one."
+      ) from error
+  return programs
 
 
 def _aims(study, class_names) -> dict[int, str]:
@@ -293,7 +300,8 @@ def _craft_cell(run, subject, cell):
     def on_step(n, state, metrics):
       advance(1, f"fooled {float(metrics['success']):.2f}")
 
-    state = crafting.craft(plan, subject, eps, folder=places, on_step=on_step)
+    with _refused(places):
+      state = crafting.craft(plan, subject, eps, folder=places, on_step=on_step)
   seconds = time.perf_counter() - started
   tables = crafting.measure(subject, state.delta)
   _store(folder, np.asarray(state.delta))

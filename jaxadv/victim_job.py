@@ -226,10 +226,12 @@ def train(task: Task, *, progress: Progress = silent) -> Victim:
 
   Raises:
     RecordError: when the folder holds another victim.
-    JobError: for a torn checkpoint, or one of another model.
+    JobError: for a torn checkpoint, or one of another model, and for logits that are
+      not finite.
   """
   recipe, parts, folder, settings = task
   records.check_same_run(folder / "settings.json", settings)
+  predict = victims.predictor(recipe.model)
   try:
     variables, step, score = victims.train(
       recipe,
@@ -238,10 +240,9 @@ def train(task: Task, *, progress: Progress = silent) -> Victim:
       validation=parts.validation,
       progress=progress,
     )
+    evaluation = victims.assess(predict, variables, parts.test)
   except ValueError as error:
     raise JobError(f"{folder}: {error}") from error
-  predict = victims.predictor(recipe.model)
-  evaluation = victims.assess(predict, variables, parts.test)
   if parts.validation is not None:
     name = f"validation_{victims.SCORES[parts.validation.kind]}"
     known = float(score) if math.isfinite(score) else None
@@ -336,7 +337,7 @@ def _check_parts(recipe, parts):
 
 def _check_model(recipe, dataset):
   try:
-    given = victims.output_shape(recipe.model, dataset)
+    given = victims.outputs(recipe.model, dataset)[0].shape
   except (TypeError, ValueError) as error:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise JobError(f"the model cannot take these images: {line}") from error

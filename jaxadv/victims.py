@@ -28,6 +28,7 @@ from jaxadv import (
 )
 from jaxadv.experiments import Recipe
 from jaxadv.progress import Progress, silent
+from jaxadv.types import call
 
 __all__ = [
   "SCORES",
@@ -36,7 +37,7 @@ __all__ = [
   "describe",
   "evaluate",
   "flax_apply",
-  "output_shape",
+  "outputs",
   "predictions",
   "predictor",
   "train",
@@ -105,7 +106,7 @@ def describe(
     are described by a hash of the program they trace to.
   """
   image, label = jnp.zeros(dataset.images.shape[1:]), jnp.asarray(dataset.labels[0])
-  logits = jnp.zeros(output_shape(recipe.model, dataset)[1:])
+  logits = jnp.zeros(outputs(recipe.model, dataset)[0].shape[1:])
   augment = recipe.augment
   return {
     "model": fingerprints.text(recipe.model),
@@ -124,8 +125,8 @@ def describe(
   }
 
 
-def output_shape(model: Any, dataset: data.Dataset) -> tuple[int, ...]:
-  """Shape of the logits for one image of `dataset`, `(1, ..., K)`; nothing is computed.
+def outputs(model: Any, dataset: data.Dataset) -> tuple[Any, dict[str, Any]]:
+  """Shapes of the logits `(1, ..., K)` and features of one image; nothing is computed.
 
   Raises:
     ValueError: from a model that cannot take the images.
@@ -133,9 +134,10 @@ def output_shape(model: Any, dataset: data.Dataset) -> tuple[int, ...]:
 
   def run(key):
     image = _example(dataset)
-    return _logits(model.apply(model.init(key, image), image, train=False))
+    variables = model.init(key, image)
+    return call(functools.partial(predictor(model), variables), image)
 
-  return jax.eval_shape(run, jax.random.key(0)).shape
+  return jax.eval_shape(run, jax.random.key(0))
 
 
 def train(
@@ -222,12 +224,21 @@ def assess(
   Returns:
     For masks what `evaluate` gives, for classes `scores.classification`, for label sets
     `scores.label_sets`.
+
+  Raises:
+    ValueError: where logits of classes or label sets are not finite.
   """
   if dataset.kind == "mask":
     decided = predictions(predict, variables, dataset.images, batch_size=batch_size)
     return evaluate(decided, dataset)
   call = lambda batch: _answer(predict, variables, data.as_float(batch))
   logits = loops.over_batches(call, dataset.images, size=batch_size)
+  broken = int((~np.isfinite(logits)).any(1).sum())
+  if broken:
+    raise ValueError(
+      f"on {broken} of {len(logits)} images the victim's logits are not finite; train "
+      "it anew, with a smaller learning rate."
+    )
   report = scores.label_sets if dataset.kind == "set" else scores.classification
   return report(logits, dataset.labels, dataset.class_names)
 

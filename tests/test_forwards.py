@@ -4,6 +4,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxadv import forwards, losses, threats, transforms, types
 from jaxadv.engine import gradient_attack
@@ -64,6 +65,14 @@ def test_input_diversity_shrinks_and_moves_some_examples():
   assert (corners > 0.6).any()
   never = forwards.input_diversity(probability=0.0)(echo, keys, x, x)[1]["image"]
   np.testing.assert_array_equal(never, x)
+
+
+def test_input_diversity_leaves_masks_behind_and_says_so():
+  masks = lambda x: jnp.concatenate([x, -x], -1)
+  forward = forwards.input_diversity()
+  keys = types.example_keys(jax.random.key(1), len(X))
+  with pytest.raises(ValueError, match="and not its mask"):
+    forward(masks, keys, X, X)
 
 
 def test_input_diversity_works_on_volumes_and_keeps_examples_apart():

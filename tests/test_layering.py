@@ -53,7 +53,7 @@ APPLICATION = {
   "__main__": {"cli"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
   | {"job", "universal_job", "universal_report", "victim_job"},
-  "crafting": LIBRARY,
+  "crafting": LIBRARY | {"fingerprints"},
   "experiments": LIBRARY,
   "fingerprints": {"data"},
   "job": LIBRARY

@@ -11,7 +11,7 @@ import pytest
 import scipy.spatial.distance
 import scipy.special
 
-from jaxadv import filters, losses
+from jaxadv import filters, losses, types
 
 TIGHT = {"rtol": 0, "atol": 1e-9}
 
@@ -316,3 +316,53 @@ def test_a_wrong_name_is_refused_with_the_names_there_are():
     losses.feature_cosine("enc1")(helpers.sample([0.0], 0))
   with pytest.raises(ValueError, match=r"'both'; write one of ssah, src, tgt, pair"):
     losses.feature_similarity("enc1", "both")
+
+
+@pytest.mark.parametrize("lead", [1.0, 17.0, 20.0, 60.0])
+@pytest.mark.parametrize(
+  "loss", [losses.cross_entropy, losses.masked_cross_entropy, losses.task_loss]
+)
+def test_two_classes_pull_against_each_other_however_sure_the_model_is(loss, lead):
+  """In float32; where `p_y` rounds to 1, the label's own entry must not be lost."""
+
+  def one(z):
+    return loss(losses._example(z, 0))
+
+  with jax.enable_x64(False):
+    gradient = jax.grad(one)(jnp.array([lead, 0.0], jnp.float32))
+  want = scipy.special.expit(-lead)
+  np.testing.assert_allclose(gradient, [-want, want], rtol=1e-6)
+  assert gradient[0] == -gradient[1]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, bool])
+def test_label_sets_of_any_integers_and_bits(dtype):
+  twin = {"smoothed_logits": jnp.array([0.5, -0.5])}
+
+  def sample(label):
+    return losses._example([2.0, -1.0], label)._replace(features=twin)
+
+  got, want = sample(np.array([1, 0], dtype)), sample(np.array([1, 0], int))
+  for loss in (
+    losses.label_margin,
+    losses.binary_cross_entropy,
+    functools.partial(losses.smoothed_agreement, targeted=True),
+  ):
+    np.testing.assert_allclose(loss(got), loss(want), **TIGHT)
+  assert losses.label_margin(got) == -1.5
+
+
+@pytest.mark.parametrize("mask", [[True, False], np.array([1, 0], np.uint8)])
+def test_labels_that_do_not_count_end_no_loss(mask):
+  unknown = losses._example([2.0, -1.0], [1, 1])
+  unknown.target["mask"] = jnp.asarray(mask)
+  loss = losses.binary_cross_entropy
+  assert losses.until_fooled(loss)(unknown) == loss(unknown) > 0
+  assert losses.until_reached(loss)(unknown) == 0
+  assert types.reached(unknown)
+  assert not types.fooled(unknown)
+  known = losses._example([2.0, -1.0], [1, 1])
+  assert types.fooled(known)
+  assert not types.reached(known)
+  assert losses.until_fooled(loss)(known) == 0
+  assert losses.until_reached(loss)(known) == loss(known)

@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from sklearn import metrics as reference
 
 from jaxadv import outcomes
@@ -47,3 +48,18 @@ def test_an_absent_class_has_no_rate():
   assert found["per_class"][0] == 1
   assert all(math.isnan(v) for v in found["per_class"][1:])
   assert math.isnan(found["moved"])
+
+
+def test_small_integers_do_not_overflow_and_strays_are_in_no_cell():
+  for dtype in (np.uint8, np.int8):
+    found = outcomes.count(*np.array([[6, 6, 5]] * 3, dtype), num_classes=7)
+    assert np.argwhere(found).tolist() == [[5] * 3, [6] * 3]
+    assert found[6, 6, 6] == 2
+  for stray in (2, -1):
+    assert outcomes.count([0], [stray], [0], num_classes=2).sum() == 0
+
+
+def test_a_target_outside_the_classes_is_refused():
+  for target in (-1, 4):
+    with pytest.raises(ValueError, match=r"the classes are 0..3"):
+      outcomes.rates(table, target=target)

@@ -185,6 +185,25 @@ def test_two_classes_go_where_pgd_goes_and_more_do_not(weight):
   assert gap(5) > 0.03
 
 
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_two_classes_follow_pgd_in_float32_too_however_sure_the_model_is(weight):
+  """Margins up to 60; from 17 on the probability of the label rounds to 1."""
+  rng = np.random.default_rng(0)
+  with jax.enable_x64(False):
+    weights = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
+    x = jnp.asarray(rng.uniform(size=(64, 6, 1)), jnp.float32)
+    predict = lambda image: 50 * image[..., 0] @ weights
+    y = jnp.argmax(predict(x), -1)
+    sizes = jnp.abs(jnp.diff(predict(x)))
+    assert sizes.max() > 40
+    options = {"step_size": 0.01, "random_start": False, "num_steps": 8}
+    pgd = attacks.pgd(0.05, **options)(KEY, predict, x, y).image
+    smia = attacks.smia(0.05, weight=weight, **options)(KEY, predict, x, y).image
+    margins = attacks.pgd(0.05, loss=losses.margin, **options)(KEY, predict, x, y).image
+  np.testing.assert_array_equal(smia, pgd)
+  np.testing.assert_array_equal(margins, pgd)
+
+
 def test_the_first_step_from_the_clean_image_is_that_of_pgd():
   predict, x, y = network(5)
 

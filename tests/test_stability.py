@@ -142,7 +142,9 @@ def test_the_margin_is_that_of_the_losses():
     got = stability.true_margin(jnp.asarray(z), jnp.asarray(y))
     assert got == pytest.approx(float(want), abs=1e-6)
   z, y = jnp.array([2.0, -1.0, 0.5]), jnp.array([1, 0, 0])
-  assert stability.true_margin(z, y) == pytest.approx((2 + 1 - 0.5) / 3)
+  for dtype in (jnp.int32, jnp.uint8, bool):
+    got = stability.true_margin(z, y.astype(dtype))
+    assert got == pytest.approx((2 + 1 - 0.5) / 3)
 
 
 def test_spreads():

@@ -279,6 +279,10 @@ def test_the_radius_of_the_published_study():
   for share in (0.0, -0.1, float("nan")):
     with pytest.raises(ValueError, match="above 0"):
       threats.share_of_norm(grey, share, norm="l2")
+  with pytest.raises(ValueError, match="Divide 8-bit images by 255"):
+    threats.share_of_norm(255 * grey, 0.04, norm="l2")
+  with pytest.raises(ValueError, match="not finite"):
+    threats.share_of_norm(jnp.nan * grey, 0.04, norm="l2")
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -322,9 +326,14 @@ def test_bad_input_is_refused_before_a_step():
     (lambda: attacks.universal(0.1, norm="l3"), "norm"),
     (lambda: attacks.universal(0.1, num_steps=0), "num_steps"),
     (lambda: attacks.random_universal(0.1, kind="cube"), "kind"),
+    (lambda: attacks.universal(0.1, decay=-1.0), "decay"),
+    (lambda: attacks.universal(0.1, decay=float("nan")), "decay"),
   ):
     with pytest.raises(ValueError, match=message):
       make()
+  for target in (1.5, True):
+    with pytest.raises(TypeError, match="index of a class"):
+      attacks.targeted_universal(0.1, target=target)
   uap = attacks.targeted_universal(0.1, target=3)
   state = uap.init(KEY, image[0])
   with pytest.raises(ValueError, match="outside the model's classes"):
@@ -377,3 +386,58 @@ def test_adam_and_the_masked_rule_in_place_of_the_step():
 def test_a_transform_beside_a_step_size_is_refused():
   with pytest.raises(ValueError, match="`transform` replaces `step_size`"):
     attacks.universal(0.1, step_size=0.1, transform=optax.adam(1e-3))
+
+
+def test_the_sequential_algorithm_counts_what_is_not_finite_and_moves_nothing():
+  def breaks(image):
+    return jnp.where(image[:, :1] < 0.5, jnp.nan, image @ jnp.asarray(-W) + B)
+
+  images = np.array([[0.5, 0.5], [0.4, 0.5], [0.6, 0.5]])
+  uap = attacks.sequential_universal(0.3, attack=attacks.fgsm(0.2))
+  state, (metrics,) = drive(uap, breaks, {"image": jnp.asarray(images)}, 1)
+  assert metrics["nonfinite"] == state.nonfinite >= 1
+  assert np.isfinite(state.delta).all()
+  none = lambda image: jnp.full((len(image), 2), jnp.nan)
+  for target in (None, 0):
+    uap = attacks.sequential_universal(0.3, target=target)
+    state, (metrics,) = drive(uap, none, {"image": jnp.asarray(images)}, 1)
+    assert (state.delta == 0).all()
+    assert metrics["success"] == metrics["accepted"] == 0
+    assert metrics["nonfinite"] == state.nonfinite == 3
+
+
+def test_a_class_that_the_model_rules_out_is_no_rival():
+  """A logit of minus infinity: DeepFool goes to the other boundary."""
+  with helpers.x64():
+    three = helpers.linear(np.array([[1.0, 0.0], [0.0, 1.0]]))
+
+    def model(image):
+      logits = three(image)
+      return jnp.concatenate([logits, jnp.full((len(image), 1), -jnp.inf)], -1)
+
+    attack = attacks.deepfool(num_steps=1, overshoot=0.0, bounds=OPEN)
+    result = attack(KEY, model, jnp.array([[2.0, 1.0]]), jnp.array([0]))
+    np.testing.assert_allclose(result.delta, [[-0.5, 0.5]], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [attacks.universal, attacks.sequential_universal])
+def test_weights_are_one_number_per_image(make):
+  predict, image = helpers.convnet(), helpers.stripes(4)
+  uap = make(0.1)
+
+  def step(weight):
+    state = uap.init(KEY, image[0])
+    batch = {"image": image} if weight is None else {"image": image, "weight": weight}
+    return uap.step(predict, state, batch)[0].delta
+
+  want = step(jnp.array([1.0, 1.0, 0.0, 0.0]))
+  for kind in (int, bool, np.uint8):
+    np.testing.assert_array_equal(step(np.array([1, 1, 0, 0], kind)), want)
+  assert (step(None) != 0).any()
+  assert (step(np.zeros(4, int)) == 0).all()
+  for wrong in (jnp.ones((4, 1)), jnp.ones(3)):
+    with pytest.raises(ValueError, match="one number per image"):
+      step(wrong)
+  for wrong in (-jnp.ones(4), jnp.full(4, jnp.nan)):
+    with pytest.raises(ValueError, match="`weight` is"):
+      step(wrong)

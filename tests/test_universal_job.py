@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,44 @@ def test_a_perturbation_that_cannot_be_built_is_refused(pack, tmp_path):
   with pytest.raises(universal_job.JobError, match="perturbation 'universal': TypeErr"):
     universal_job.prepare(config, out=tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_perturbation_may_follow_what_the_victim_alone_returns(pack, tmp_path):
+  """The first hidden layer, which a stand-in with logits only has not."""
+  config = write_config(tmp_path, pack)
+  feature = "lambda s: (s.features['stage1'] ** 2).mean()"
+  rule = f"lambda eps, **rest: attacks.universal(eps, loss={feature}, **rest)}}"
+  config.write_text(config.read_text().replace("attacks.universal}", rule))
+  run = universal_job.prepare(config, out=tmp_path / "run")
+  assert run.settings["perturbations"]["universal"].startswith("6 steps of ")
+  config.write_text(config.read_text().replace("stage1", "stage9"))
+  with pytest.raises(universal_job.JobError, match="KeyError: 'stage9'"):
+    universal_job.prepare(config, out=tmp_path / "run")
+
+
+def test_a_victim_that_diverged_is_one_line(pack, tmp_path, capsys):
+  config = write_config(tmp_path, pack)
+  config.write_text(config.read_text().replace("optax.adam(1e-2)", "optax.sgd(1e38)"))
+  words = ["uap", str(config), "--out", str(tmp_path / "run"), "--no-progress"]
+  assert cli.main(words) == 2
+  error = capsys.readouterr().err
+  assert "logits are not finite" in error
+  assert error.count("\n") == 1
+
+
+def test_a_torn_checkpoint_is_one_line(finished, tmp_path, capsys):
+  run, _ = finished
+  folder = tmp_path / "run"
+  shutil.copytree(run.folder, folder)
+  cell = folder / "perturbations" / "small" / "0.1" / "universal"
+  (cell / "outcome.json").unlink()
+  checkpoint = sorted((cell / "checkpoints").iterdir())[-1]
+  (checkpoint / "about.json").unlink()
+  config = str(run.folder.parent / "colors.py")
+  assert cli.main(["uap", config, "--out", str(folder), "--no-progress"]) == 2
+  error = capsys.readouterr().err
+  assert f"{checkpoint} is torn" in error
+  assert error.count("\n") == 1
 
 
 def test_numbers_of_a_study_are_checked():

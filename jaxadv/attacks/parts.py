@@ -48,7 +48,8 @@ def box(bits: int | None, bounds: Bounds) -> Threat:
 
 
 def momentum(decay: Scalar) -> optax.GradientTransformation:
-  """MI-FGSM's momentum: `m <- decay * m + g / ||g||_1`."""
+  """MI-FGSM's momentum: `m <- decay * m + g / ||g||_1`, with `decay >= 0`."""
+  inputs.check_positive("decay", decay)
   return optax.chain(transforms.normalize(1), optax.trace(decay))
 
 

@@ -192,8 +192,9 @@ def sequential_universal(
       never clips.
 
   Returns:
-    A `Universal`; its metrics are `success`, the share fooled when visited, and
-    `accepted`, the share whose step was taken.
+    A `Universal`; its metrics are `success`, the share fooled when visited,
+    `accepted`, the share whose step was taken, and `nonfinite`, how many had logits or
+    gradients that were not finite: those count as neither.
 
   Differs from the released code, which shuffles the images, makes up to 15 passes and
   stops when all are fooled: here that is up to whoever draws the batches. It takes the
@@ -213,10 +214,13 @@ def sequential_universal(
   start = universal_attack(Objective(losses.margin), threat, optax.identity())
   hit = jnp.not_equal if target is None else jnp.equal
 
+  def success(logits, wish):
+    return jnp.isfinite(logits).all() & hit(jnp.argmax(logits, -1), wish)
+
   def step(predict, state, batch):
     x = batch["image"]
     inputs.check_batch(x, {"label": jnp.zeros(len(x), int)}, bounds)
-    weight = batch.get("weight", jnp.ones(len(x)))
+    weight = inputs.as_weights(batch.get("weight"), len(x))
     ids = batch.get("id", jnp.arange(len(x)))
     wishes = prepare(predict, x, batch)["label"]
     step_key = jax.random.fold_in(state.key, state.step)
@@ -224,23 +228,30 @@ def sequential_universal(
     def visit(delta, example):
       image, wish, number, weight = example
       start = threat.apply(image, delta)[None]
-      fooled = hit(jnp.argmax(call(predict, start)[0], -1)[0], wish)
+      logits = call(predict, start)[0][0]
+      fooled = success(logits, wish)
 
       def move():
         key = jax.random.fold_in(step_key, number)
         result = attack(key, predict, start, wish[None])
         moved = threat.project(delta + (result.image - start)[0], None)
-        accepted = hit(jnp.argmax(result.logits[0], -1), wish)
-        return jnp.where(accepted, moved, delta), accepted
+        accepted = success(result.logits[0], wish) & jnp.isfinite(moved).all()
+        return jnp.where(accepted, moved, delta), accepted, result.nonfinite[0] > 0
 
-      stay = fooled | (weight == 0)
-      delta, accepted = jax.lax.cond(stay, lambda: (delta, jnp.bool_(False)), move)
-      return delta, {"success": weight * fooled, "accepted": weight * accepted}
+      def keep():
+        return delta, jnp.bool_(False), jnp.bool_(False)
+
+      moved, accepted, bad = jax.lax.cond(fooled | (weight == 0), keep, move)
+      bad = (bad | ~jnp.isfinite(logits).all()) & (weight > 0)
+      return moved, (weight * fooled, weight * accepted, bad)
 
     delta, seen = jax.lax.scan(visit, state.delta, (x, wishes, ids, weight))
-    state = state._replace(step=state.step + 1, delta=delta, best_delta=delta)
+    hits, accepted, bad = (values.sum() for values in seen)
     count = jnp.maximum(weight.sum(), jnp.finfo(weight.dtype).tiny)
-    return state, {name: values.sum() / count for name, values in seen.items()}
+    state = state._replace(step=state.step + 1, delta=delta, best_delta=delta)
+    state = state._replace(nonfinite=state.nonfinite + bad)
+    rates = {"success": hits / count, "accepted": accepted / count}
+    return state, rates | {"nonfinite": bad}
 
   return Universal(start.init, step)
 
