@@ -6,7 +6,7 @@ published width and from nothing in place of ImageNet weights.
 Data: MedNIST pack, 480 train and 118 test images of 64 pixels, grey; six classes of
 about equal size.
 Expected: docs/universal.md. Sending every image to one class fools five sixths.
-Time: not measured yet.
+Time: about an hour on one busy core.
 """
 
 from jaxadv import studies

@@ -14,6 +14,8 @@ import shutil
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 __all__ = ["latest", "restore", "save"]
@@ -63,6 +65,9 @@ def latest(directory: PathLike) -> int | None:
 def restore(directory: PathLike, like: State, *, step: int | None = None) -> State:
   """Reads a state back, onto the devices of `like`.
 
+  What is bound to no device there is bound to none here, as in a fresh state: beside a
+  bound array the results are bound, and a loop would compile its second step anew.
+
   Args:
     directory: folder given to `save`.
     like: a state of the same structure, shapes and dtypes; its values are not used.
@@ -92,7 +97,18 @@ def restore(directory: PathLike, like: State, *, step: int | None = None) -> Sta
   about = _about(folder)
   _check_leaves(folder, about["leaves"], _leaves(like))
   with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(folder / "state", like)
+    state = checkpointer.restore(folder / "state", like)
+  return jax.tree.map(_bound_as, state, like)
+
+
+def _bound_as(leaf, like):
+  bound = getattr(like, "committed", getattr(like, "sharding", None))
+  if bound or not isinstance(leaf, jax.Array):
+    return leaf
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    data = np.asarray(jax.random.key_data(leaf))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+  return jnp.asarray(np.asarray(leaf))
 
 
 def _folder(directory, step):

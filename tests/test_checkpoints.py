@@ -39,6 +39,18 @@ def test_typed_keys_and_named_tuples_round_trip_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(got, want)
 
 
+def test_a_restored_state_is_bound_to_devices_where_the_other_is(tmp_path):
+  """Bound beside unbound arrays, the second step of a loop would compile anew."""
+  checkpoints.save(tmp_path, a_state(), step=1)
+  device = jax.devices()[1]
+  shapes = jax.eval_shape(a_state)
+  for like in (a_state(), shapes, jax.device_put(a_state(), device)):
+    back = jax.tree.leaves(checkpoints.restore(tmp_path, like))
+    bound = [getattr(x, "committed", False) for x in jax.tree.leaves(like)]
+    assert [x.committed for x in back] == bound
+  assert {x.device for x in back} == {device}
+
+
 def test_only_the_newest_are_kept_and_a_step_can_be_chosen(tmp_path):
   for step in (1, 2, 30):
     checkpoints.save(tmp_path, {"x": jnp.float32(step)}, step=step)

@@ -44,6 +44,7 @@ def test_every_config_builds_and_says_what_it_is(path):
     assert full.experiment.baseline in full.experiment.attacks
   for word in ("Paper:", "Data:", "Expected:", "Time:"):
     assert word in full.text
+  assert "not measured" not in full.text
 
 
 def test_comments_and_docstring_do_not_make_another_config(tmp_path):
