@@ -3,9 +3,9 @@
 Paper: Qi, Gong, Song, Ma, Zheng, "Stabilized medical image attacks", ICLR 2021, arXiv
 2103.05232; reconstructed, see `jaxadv.attacks.smia`.
 Data: DSB 2018 nuclei pack, 241 train and 50 test images of 128 pixels, grey.
-Expected: docs/smia.md. Nobody reaches the masks of another image at this radius; what is
-compared is how near they come. `benchmarks/stability.py` has the untargeted attacks on
-the same victim.
+Expected: docs/smia.md. Nobody reaches the masks of another image at this radius; what
+is compared is how near they come. `benchmarks/stability.py` has the untargeted attacks
+on the same victim.
 Time: about ten minutes on one busy core, most of it training.
 """
 
