@@ -7,7 +7,7 @@ Data: PneumoniaMNIST pack, 4708 train and 524 val images of 28 pixels, grey, of 
 val is attacked; resized to 32 pixels.
 Expected: docs/universal.md. With a high cap the images that are fooled already lead,
 and the perturbation stays at the class that they went to.
-Time: not measured yet.
+Time: about half an hour on one busy core.
 """
 
 import dataclasses

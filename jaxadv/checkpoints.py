@@ -105,10 +105,10 @@ def _bound_as(leaf, like):
   bound = getattr(like, "committed", getattr(like, "sharding", None))
   if bound or not isinstance(leaf, jax.Array):
     return leaf
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    data = np.asarray(jax.random.key_data(leaf))
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-  return jnp.asarray(np.asarray(leaf))
+  if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jnp.asarray(np.asarray(leaf))
+  data = jnp.asarray(np.asarray(jax.random.key_data(leaf)))
+  return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
 
 
 def _folder(directory, step):
