@@ -42,6 +42,7 @@ import numpy as np
 from jaxadv import (
   attacks,
   data,
+  fingerprints,
   losses,
   masks,
   metrics,
@@ -120,13 +121,25 @@ def _compared(path, options):
   """The comparison of one config, from its file where it is finished."""
   task = trained(path, options)  # sees that the folder holds this very victim
   settings = f"{options.eps:g} {options.steps} {options.images} {options.keys}"
-  file = options.out / path.stem / f"comparison {settings}.json"
+  file = options.out / path.stem / f"comparison {settings} {_program(task)}.json"
   if not file.exists():
     eps, keys, batch = options.eps / 255, options.keys, options.batch
     done = compare(task, eps=eps, num_steps=options.steps, keys=keys, batch=batch)
     records.write_json(file, done._replace(columns=_jsonable(done.columns))._asdict())
   found = Comparison(**json.loads(file.read_text()))
   return found._replace(columns=_arrays(found.columns))
+
+
+def _program(task):
+  """Hash of the attacks as they are now: a change in the library is measured anew."""
+  key, x, y = jax.random.key(0), task.images[:1], task.labels[:1]
+  options = {"step_size": 0.01, "num_steps": 2}
+  arms = (
+    attacks.pgd(0.04, loss=losses.task_loss, **options),
+    attacks.smia(0.04, **options),
+  )
+  both = lambda x, y: [arm(key, task.predict, x, y) for arm in arms]
+  return fingerprints.program(both, x, y)
 
 
 def _jsonable(columns):

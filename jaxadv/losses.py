@@ -365,7 +365,6 @@ def _gaps(sample):
 
 
 def _rivals(sample):
-  """`z_k - z_y` of the others."""
   return jnp.where(_one_hot(sample), -jnp.inf, _gaps(sample))
 
 

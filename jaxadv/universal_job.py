@@ -158,8 +158,7 @@ def prepare(
   }
   run = Run(config, study, prepared, settings)
   _check(run)
-  programs = _programs(run)
-  return run._replace(settings=settings | {"perturbations": programs})
+  return run._replace(settings=settings | {"perturbations": _programs(run)})
 
 
 def craft(run: Run) -> dict[str, Any]:

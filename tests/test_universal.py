@@ -406,6 +406,16 @@ def test_the_sequential_algorithm_counts_what_is_not_finite_and_moves_nothing():
     assert metrics["nonfinite"] == state.nonfinite == 3
 
 
+def test_the_state_of_the_sequential_algorithm_keeps_its_types_in_double_precision():
+  with helpers.x64():
+    uap = attacks.sequential_universal(0.4, bounds=OPEN)
+    batch = {"image": jnp.asarray(PAIR)}
+    start = uap.init(KEY, batch["image"][0])
+    state, _ = uap.step(helpers.linear(W, B), start, batch)
+    types_of = lambda tree: jax.tree.map(lambda leaf: leaf.dtype, tree)
+    assert types_of(state) == types_of(start)
+
+
 def test_a_class_that_the_model_rules_out_is_no_rival():
   """A logit of minus infinity: DeepFool goes to the other boundary."""
   with helpers.x64():

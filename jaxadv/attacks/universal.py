@@ -246,7 +246,7 @@ def sequential_universal(
       return moved, (weight * fooled, weight * accepted, bad)
 
     delta, seen = jax.lax.scan(visit, state.delta, (x, wishes, ids, weight))
-    hits, accepted, bad = (values.sum() for values in seen)
+    hits, accepted, bad = seen[0].sum(), seen[1].sum(), seen[2].sum(dtype=jnp.int32)
     count = jnp.maximum(weight.sum(), jnp.finfo(weight.dtype).tiny)
     state = state._replace(step=state.step + 1, delta=delta, best_delta=delta)
     state = state._replace(nonfinite=state.nonfinite + bad)
