@@ -1,6 +1,5 @@
 """Fixtures shared by the tests of the main job and the command line."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -26,19 +25,3 @@ def discs(tmp_path_factory):
     class_names=np.array(["ground", "disc"]),
   )
   return path
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-  """Keeps compiled programs, here and in processes started from here."""
-  settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in settings.items():
-      patch.setenv(name.upper(), str(value))
-      jax.config.update(name, value)
-    yield
-  jax.config.update("jax_compilation_cache_dir", None)

@@ -20,9 +20,6 @@ def get_config(*, quick=False):
                     attacks={"none": combine.identity}, max_initial_iou=1.0)
 """
 
-# Some runs below compile the same programs.
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture
 def config(tmp_path, discs):

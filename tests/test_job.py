@@ -40,9 +40,6 @@ def get_config(*, quick=False):
 """
 TIMES = ("seconds",)
 
-# The runs below compile the same programs again and again.
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, discs):

@@ -37,9 +37,6 @@ def get_config(*, quick=False):
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = ["universal", "to red", "random ball", "random sign"]
 
-# The runs below compile the same programs again and again.
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):

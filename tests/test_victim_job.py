@@ -34,9 +34,6 @@ def get_config(*, quick=False):
 """
 STUDY = "UniversalStudy(victims={'a': recipe, 'b': recipe}, perturbations={'p': None})"
 
-# The runs below compile the same programs again and again.
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def stripes(kind="class", n=48, **changes):
   """Stripes along rows, columns or both under noise; rows and columns are rare."""
