@@ -185,28 +185,36 @@ def test_the_benchmark_of_speed(finished, capsys):
 
 
 def test_the_tables_of_the_docs(finished, capsys):
-  """One line per victim and share, then the spread over the victims."""
+  """The spread over the victims, then one line per victim and share."""
   run, results = finished
   script = helpers.benchmark("universal")
   script.main([str(run.folder)])
-  found = table(capsys.readouterr().out)
-  accuracy = found[0][1]
-  assert [line[:3] for line in found[:2]] == [
-    ["small", accuracy, "10.0%"],
-    ["small", accuracy, "50.0%"],
-  ]
+  text = capsys.readouterr().out
+  found = table(text)
   reached = [r for r in results["rows"] if (r["target"], r["share"]) == (0, 0.5)]
   reached = f"{100 * reached[0]['targeted_test_stored']:.0f}"
-  assert found[4][-2] == f"{reached} to {reached} % (1/1)"
+  name = results["name"]
+  assert [line[:2] for line in found[:2]] == [[name, "10.0%"], [name, "50.0%"]]
+  assert found[1][-2] == f"{reached} to {reached} % (1/1)"
+  assert "Of 2 lines" in text
+  accuracy = f"{100 * results['victims']['small']['accuracy']:.1f} %"
+  lines = [["small", accuracy, "10.0%"], ["small", accuracy, "50.0%"]]
+  assert [line[:3] for line in found[3:5]] == lines
   crafted = [r for r in results["rows"] if r["share"] == 0.5 and r["steps"]]
   kinds = ["fooling" if r["target"] is None else "targeted" for r in crafted]
   pairs = zip(kinds, crafted, strict=True)
   mean = np.mean([r[f"{kind}_test_clipped"] for kind, r in pairs])
   assert found[-1] == ["50.0%", *found[-1][1:3], f"{mean:.1%}", found[-1][4]]
-  lines = [["a", 1.0, 0.02, None, 0.1], ["b", 1.0, 0.02, None, 0.855]]
-  heads = ["victim", "accuracy", "share", "x", "y"]
-  spread = [["2.0%", "-", "10 to 86 % (1/2)"]]
-  assert script.over_victims(heads, lines) == (heads[2:], spread)
+
+
+def test_the_spread_over_victims_and_the_best_target():
+  script = helpers.benchmark("universal")
+  heads = ["victim", "accuracy", "share", "universal", "best target fools"]
+  lines = [["a", 1.0, 0.02, None, 0.1], ["b", 1.0, 0.02, 0.9, 0.855]]
+  spread = [["one", "2.0%", "90 to 90 % (1/1)", "10 to 86 % (1/2)"]]
+  assert script.over_victims({"one": (heads, lines)}) == (["run", *heads[2:]], spread)
+  lines = [["a", 1, 0.1, 0.5, other] for other in (0.55, 0.45, 0.44, 0.53)]
+  assert "in 1, more in 1 and less in 2." in script.best_target({"one": (heads, lines)})
 
 
 def test_the_benchmark_of_retraining_resumes(finished, capsys):
