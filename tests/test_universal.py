@@ -383,9 +383,10 @@ def test_adam_and_the_masked_rule_in_place_of_the_step():
     assert abs(state.delta).max() == pytest.approx(moved)
 
 
-def test_a_transform_beside_a_step_size_is_refused():
-  with pytest.raises(ValueError, match="`transform` replaces `step_size`"):
-    attacks.universal(0.1, step_size=0.1, transform=optax.adam(1e-3))
+@pytest.mark.parametrize("option", ["step_size", "decay"])
+def test_what_a_transform_replaces_is_refused_beside_it(option):
+  with pytest.raises(ValueError, match="`transform` replaces `step_size` and `decay`"):
+    attacks.universal(0.1, transform=optax.adam(1e-3), **{option: 0.1})
 
 
 def test_the_sequential_algorithm_counts_what_is_not_finite_and_moves_nothing():

@@ -44,7 +44,7 @@ def universal(
   norm: Norm = "linf",
   step_size: Scalar | optax.Schedule | None = None,
   num_steps: int | None = None,
-  decay: Scalar = 0.0,
+  decay: Scalar | None = None,
   transform: optax.GradientTransformation | None = None,
   loss: LossFn | None = None,
   prepare: PrepareFn = targets.predictions,
@@ -67,7 +67,7 @@ def universal(
       0 along a cosine, where `num_steps` is given, and `0.3 * eps` where it is not.
       Large first steps leave the class that the first batches happen to point at.
     num_steps: steps you are going to take; only the default step size reads it.
-    decay: of the momentum.
+    decay: of the momentum; by default there is none.
     transform: in place of step size and momentum, such as `optax.adam(1e-3)`; it sees
       the mean gradient of the cost, minus the loss.
     loss: raised on average; `losses.until_fooled(losses.cross_entropy)` skips images
@@ -84,7 +84,7 @@ def universal(
 
   Raises:
     ValueError: for a negative radius or step, an unknown norm, and a `transform` beside
-      a step size.
+      a step size or a decay.
 
   Example:
     >>> uap = universal(0.2, num_steps=5)
@@ -117,7 +117,7 @@ def targeted_universal(
   norm: Norm = "linf",
   step_size: Scalar | optax.Schedule | None = None,
   num_steps: int | None = None,
-  decay: Scalar = 0.0,
+  decay: Scalar | None = None,
   transform: optax.GradientTransformation | None = None,
   loss: LossFn = losses.cross_entropy,
   axis_name: str | None = None,
@@ -303,8 +303,8 @@ def _ascent(eps, norm, step_size, num_steps, decay, transform):
   if num_steps is not None:
     inputs.check_num_steps(num_steps)
   if transform is not None:
-    if step_size is not None:
-      raise ValueError("`transform` replaces `step_size`; leave one of them out.")
+    if step_size is not None or decay is not None:
+      raise ValueError("`transform` replaces `step_size` and `decay`; leave them out.")
     return transform
   if step_size is not None and not callable(step_size):
     inputs.check_positive("step_size", step_size)
@@ -314,7 +314,7 @@ def _ascent(eps, norm, step_size, num_steps, decay, transform):
     step_size = optax.cosine_decay_schedule(eps, num_steps)
   direction = optax.scale_by_sign() if norm == "linf" else transforms.normalize(2)
   step = optax.chain(direction, optax.scale_by_learning_rate(step_size))
-  return optax.chain(momentum(decay), step)
+  return optax.chain(momentum(0.0 if decay is None else decay), step)
 
 
 def _signs(eps, norm, key, image):
