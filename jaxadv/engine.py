@@ -30,7 +30,6 @@ from jaxadv.types import (
   SuccessFn,
   Target,
   Threat,
-  call,
   example_keys,
 )
 
@@ -166,7 +165,7 @@ def gradient_attack(
   def init(key, predict, x, y):
     inputs.check_batch(x, y, threat.bounds)
     target = jax.lax.stop_gradient(objective.prepare(predict, x, y))
-    _check_target(predict, x, target)
+    stepping.check_target(predict, x, target)
     start = functools.partial(
       stepping.start, threat, transform, random_start=random_start
     )
@@ -261,9 +260,10 @@ def universal_attack(
     return stepping.start(free, transform, key, image, random_start=random_start)
 
   def step(predict, state, batch):
-    x, y, weight, ids = _parts(batch, threat, axis_name)
+    x, y, weight, ids = stepping.parts(batch, threat, axis_name)
+    stepping.check_state(state, jax.eval_shape(init, state.key, x[0]))
     target = jax.lax.stop_gradient(objective.prepare(predict, x, y))
-    _check_target(predict, x, target)
+    stepping.check_target(predict, x, target)
     step_key = jax.random.fold_in(state.key, state.step)
     loss_at = functools.partial(
       stepping.evaluate,
@@ -338,17 +338,6 @@ def _advance(objective, threat, transform, state, gradient, loss, sample, done):
   return stepping.freeze(done, state, moved)
 
 
-def _parts(batch, threat, axis_name):
-  """Images, what `prepare` reads, weights and ids of a batch, checked."""
-  x = batch["image"]
-  place = jnp.arange(len(x))
-  if axis_name is not None:
-    place = place + len(x) * jax.lax.axis_index(axis_name)
-  y = {k: v for k, v in batch.items() if k not in ("image", "weight", "id")}
-  inputs.check_batch(x, {"label": place} | y, threat.bounds)
-  return x, y, inputs.as_weights(batch.get("weight"), len(x)), batch.get("id", place)
-
-
 def _each(example, gradient):
   if example is None:
     return gradient
@@ -386,14 +375,3 @@ def _passes(evaluate, predict, x, target, state):
 
   loss, _ = jax.eval_shape(lambda s: evaluate(counted, x, target, s, s.delta), state)
   return images // x.shape[0], loss.size // x.shape[0]
-
-
-def _check_target(predict, x, target):
-  """Compares labels with the model's classes, where they are concrete."""
-  if "label" not in target:
-    raise TypeError('`prepare` returned no "label"; every target has one.')
-  if isinstance(target["label"], jax.core.Tracer):
-    return
-  logits, _ = jax.eval_shape(lambda image: call(predict, image), x)
-  inputs.check_shapes(target, logits)
-  inputs.check_classes(target, logits)

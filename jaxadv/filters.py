@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxadv import inputs
+
 __all__ = ["blur", "gaussian_kernel", "haar_low_pass", "low_pass", "low_pass_mask"]
 
 
@@ -24,7 +26,7 @@ def gaussian_kernel(sigma: float | jax.Array, size: int) -> jax.Array:
     `(size,)` float.
 
   Raises:
-    ValueError: for an even size.
+    ValueError: for an even size, and `sigma` not above 0.
 
   Example:
     >>> print(gaussian_kernel(1.0, 3).round(4))
@@ -32,6 +34,7 @@ def gaussian_kernel(sigma: float | jax.Array, size: int) -> jax.Array:
   """
   if size % 2 == 0 or size < 1:
     raise ValueError(f"`size` is {size}; a centred kernel has an odd number of taps.")
+  inputs.check_positive("sigma", sigma, zero=False)
   taps = jnp.arange(size) - size // 2
   weights = jnp.exp(-0.5 * (taps / sigma) ** 2)
   return weights / weights.sum()

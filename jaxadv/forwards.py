@@ -69,6 +69,13 @@ def input_diversity(
   Raises:
     ValueError: for logits of masks.
 
+  Example:
+    >>> forward = input_diversity(probability=1.0, shrink=0.5)
+    >>> keys, image = jax.random.split(jax.random.key(0), 2), jnp.ones((2, 8, 8, 1))
+    >>> logits, _ = forward(lambda x: x.mean((1, 2)), keys, image, image)
+    >>> bool((logits < 1).all())  # a dark border has come in
+    True
+
   Differs from the original code, which enlarges by up to 1.1 with nearest neighbour and
   feeds a larger image; like torchattacks, the size of the input is kept.
 
@@ -140,9 +147,17 @@ def smoothed_twin(
   Raises:
     ValueError: for another `smooth`, `sigma` not above 0, and an even size.
 
+  Example:
+    >>> clean, key = jnp.zeros((1, 3, 1)), jax.random.key(0)
+    >>> image = clean.at[0, 1, 0].set(1.0)
+    >>> _, features = smoothed_twin()(lambda x: x[..., 0], key, image, clean)
+    >>> print(features["smoothed_logits"].round(2))
+    [[0.26999998 0.45       0.26999998]]
+
+  Differs from the released code, whose kernel is one-sided and mixes the channels.
+
   Reference: Qi et al., ICLR 2021, arXiv 2103.05232; see `jaxadv.attacks.smia`.
   """
-  inputs.check_positive("sigma", sigma, zero=False)
   inputs.check_choice("smooth", smooth, ("perturbation", "image"))
   kernel = filters.gaussian_kernel(sigma, size)
 

@@ -5,7 +5,7 @@ it; the others are written for ONE perturbation.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -22,16 +22,20 @@ from jaxadv.types import (
   Sample,
   Target,
   Threat,
+  call,
 )
 
 __all__ = [
   "Verdict",
   "advance",
   "as_float",
+  "check_state",
+  "check_target",
   "evaluate",
   "freeze",
   "is_nonfinite",
   "judge",
+  "parts",
   "pull_back",
   "remember",
   "start",
@@ -198,3 +202,56 @@ def as_float(value: Any) -> Array:
 def _select(condition, new, old):
   """`new` where `condition`, leaf by leaf, typed keys included."""
   return jax.tree.map(functools.partial(jnp.where, condition), new, old)
+
+
+def parts(
+  batch: Mapping[str, Any], threat: Threat, axis_name: str | None = None
+) -> tuple[Images, dict[str, Any], Array, Array]:
+  """Images, what `prepare` reads, weights and ids of a batch of a universal attack.
+
+  Raises:
+    TypeError, ValueError: as `jaxadv.inputs.check_batch` and `as_weights`.
+  """
+  x = batch["image"]
+  place = jnp.arange(len(x))
+  if axis_name is not None:
+    place = place + len(x) * jax.lax.axis_index(axis_name)
+  ids = batch.get("id", place)
+  y = {k: v for k, v in batch.items() if k not in ("image", "weight")}
+  inputs.check_batch(x, {"label": place} | y, threat.bounds)
+  y.pop("id", None)
+  return x, y, inputs.as_weights(batch.get("weight"), len(x)), ids
+
+
+def check_target(predict: Predict, x: Images, target: Target) -> None:
+  """Compares labels with the model's classes, where they are concrete.
+
+  Raises:
+    TypeError: without labels.
+    ValueError: for labels that do not fit the logits, or outside the classes.
+  """
+  if "label" not in target:
+    raise TypeError('`prepare` returned no "label"; every target has one.')
+  if isinstance(target["label"], jax.core.Tracer):
+    return
+  logits, _ = jax.eval_shape(lambda image: call(predict, image), x)
+  inputs.check_shapes(target, logits)
+  inputs.check_classes(target, logits)
+
+
+def check_state(state: Perturbation, want: Perturbation) -> None:
+  """Compares a state with the one this attack would start from on these images.
+
+  Raises:
+    ValueError: for a perturbation of other shapes, which would be broadcast, or the
+      state of another rule.
+  """
+  got, due = (jax.tree.map(jnp.shape, tree.delta) for tree in (state, want))
+  if got != due:
+    raise ValueError(
+      f"the perturbation has shape {got}, and an image of the batch needs {due}; start "
+      "with init(key, image), `image` one of the batch."
+    )
+  kept, needed = (str(jax.tree.structure(tree)) for tree in (state, want))
+  if kept != needed:
+    raise ValueError(f"the state is one of another attack: {kept}, not {needed}.")

@@ -1,14 +1,16 @@
 """What several configs share: attacks that are compared, networks that are attacked."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
 from jaxadv import attacks, augment, data, line_search, models, threats, types
 from jaxadv.experiments import Recipe, UniversalStudy
 from jaxadv.models import convert
+from jaxadv.step_rules import RULES
 from jaxadv.types import AttackFn
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
   "imagenet_lite0",
   "minimum_distortion",
   "seven_architectures",
+  "step_rules",
   "stepped_sgd",
   "universal_grid",
   "universal_transfer",
@@ -217,6 +220,43 @@ def universal_transfer(
   }
   return _grid(
     victims, source, quick, craft_steps, {"train_steps": train_steps, **recipe}
+  )
+
+
+def step_rules(norm: Literal["l2", "linf"], *, quick: bool = False) -> UniversalStudy:
+  """Which step rules stall: all of `jaxadv.step_rules`, two victims, three radii.
+
+  Args:
+    norm: of the ball; the radii are 2, 4 and 8 % of the mean norm.
+    quick: one victim, small and hardly trained, and one radius.
+
+  Returns:
+    The study: non-targeted, against VGG16 and ResNet-50 on chest X-rays, as trained by
+    `configs/uap_pneumonia.py`.
+
+  Example:
+    >>> list(step_rules("linf").victims)
+    ['vgg16', 'resnet50']
+  """
+  study = universal_grid(
+    2,
+    "cxr_pneumoniamnist_28.npz",
+    quick=quick,
+    train_steps=400,
+    craft_steps=60,
+    test_split="val",
+    holdout=0.05,
+    side=32,
+    balance=True,
+  )
+  names = ("vgg16",) if quick else ("vgg16", "resnet50")
+  return dataclasses.replace(
+    study,
+    victims={name: study.victims[name] for name in names},
+    perturbations=RULES,
+    targeted=None,
+    targets=None,
+    norm=norm,
   )
 
 

@@ -88,6 +88,9 @@ def clean_logits(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
 def rivals(n: int) -> PrepareFn:
   """The label, and as `"rivals"` the `n` other classes with the highest clean logits.
 
+  Raises:
+    ValueError: for masks and label sets.
+
   Example:
     >>> target = rivals(2)(lambda x: x, jnp.array([[0.1, 0.9, 0.5]]), jnp.array([1]))
     >>> target["rivals"].tolist()
@@ -97,6 +100,11 @@ def rivals(n: int) -> PrepareFn:
   def prepare(predict, x, y):
     target = labels(predict, x, y)
     logits = call(predict, x)[0]
+    if logits.ndim != 2 or jnp.ndim(target["label"]) != 1:
+      raise ValueError(
+        f"labels have shape {jnp.shape(target['label'])} and logits {logits.shape}; "
+        "rivals are those of classes: labels (B,), logits (B, K)."
+      )
     own = jax.nn.one_hot(target["label"], logits.shape[-1], dtype=bool)
     others = jnp.where(own, -jnp.inf, logits)
     _, ordered = jax.lax.top_k(others, min(n, logits.shape[-1] - 1))

@@ -257,6 +257,9 @@ def share_of_norm(
     >>> round(share_of_norm(jnp.full((2, 10, 10, 3), 0.5), 0.04, norm="linf"), 3)
     0.02
 
+  Differs from the released code, whose images are `(x - 128) / 128`: there the radius
+  of the same change is twice the number, to 0.4 %.
+
   Reference: Hirano et al., BMC Medical Imaging 21:9 (2021).
   """
   if not share > 0:
@@ -265,7 +268,10 @@ def share_of_norm(
   inputs.check_choice("norm_channels", norm_channels, ("all", "first"))
   if not len(images):
     raise ValueError("there are no images; their mean norm needs at least one.")
-  inputs.check_image(images[0])
+  if jnp.result_type(images) not in (jnp.float32, jnp.float64):
+    raise TypeError(
+      f"`images` have dtype {images.dtype}; write images.astype(jnp.float32) / 255."
+    )
   inputs.check_range(images, 0.0, 1.0)
   images = images if norm_channels == "all" else images[..., :1]
   order = 2 if norm == "l2" else jnp.inf

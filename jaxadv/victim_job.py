@@ -184,15 +184,21 @@ def plan(recipe: Recipe, parts: Parts, folder: pathlib.Path) -> Task:
   """A victim to train, once recipe, data and model are seen to fit.
 
   Raises:
-    JobError: for a class without training images, labels that cannot be balanced, a
-      model that cannot take the images or gives other logits than the labels need, and
-      a `start`, `loss` or `augment` that fails.
+    JobError: for a class without training images, fewer images than a batch, labels
+      that cannot be balanced, a model that cannot take the images or gives other logits
+      than the labels need, and a `start`, `loss` or `augment` that fails.
   """
   try:
     if recipe.balance or parts.train.kind == "class":
       data.members(parts.train)
   except ValueError as error:
     raise JobError(f"{recipe.train_split} part: {error}") from error
+  images = len(parts.train.images)
+  if images < recipe.batch_size:
+    raise JobError(
+      f"{images} training images are fewer than a batch of {recipe.batch_size}; lower "
+      "`batch_size`."
+    )
   _check_model(recipe, parts.train)
   try:
     settings = victims.describe(recipe, parts.train, parts.validation)

@@ -140,3 +140,8 @@ def test_what_does_not_fit_is_refused(model, shape, message):
 
 def test_widths_are_multiples_of_eight():
   assert [layers.scaled(64, w) for w in (0.01, 0.25, 1.0, 1.1)] == [8, 16, 64, 72]
+
+
+def test_a_width_that_is_none_is_refused():
+  with pytest.raises(ValueError, match=r"`width` is 0; write a factor above 0"):
+    _shapes(models.resnet18(3, width=0), 32)

@@ -96,6 +96,29 @@ def test_the_layers_of_densenet169_of_keras(tmp_path):
   np.testing.assert_array_equal(got, np.asarray(want, np.float32))
 
 
+def test_the_dense_layers_of_vgg_of_keras(tmp_path):
+  """Those of `include_top=True`, on a map of 7 x 7 made by one convolution a stage."""
+
+  def build(keras):
+    layers = keras.layers
+    x = inputs = layers.Input((224, 225, 3))
+    for stage, channels in enumerate((8, 16, 32, 64, 64), 1):
+      conv = layers.Conv2D(channels, 3, padding="same", name=f"block{stage}_conv1")
+      x = layers.MaxPooling2D()(layers.ReLU()(conv(x)))
+    x = layers.Flatten()(x)
+    for name in ("fc1", "fc2"):
+      x = layers.Dense(512, activation="relu", name=name)(x)
+    return keras.Model(inputs, layers.Dense(CLASSES, name="predictions")(x))
+
+  options = {"width": 1 / 8, "head": "dense", "variant": "keras"}
+  with helpers.x64():
+    network = foreign.random_keras(build)
+    path = tmp_path / "theirs.weights.h5"
+    network.save_weights(path)
+    model = models.VGG(CLASSES, (1, 1, 1, 1, 1), **options)
+    _check(model, path, 224, foreign.keras_results(network, *_inputs(224)))
+
+
 def _pooled(network, torch):
   """With a head as in transfer learning: VGG then has no hidden layers."""
   network.avgpool = torch.nn.AdaptiveAvgPool2d(1)

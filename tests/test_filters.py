@@ -119,3 +119,9 @@ def test_cutoff_and_sigma_may_be_traced():
   np.testing.assert_allclose(swept[1], filters.low_pass(image, 0.25), atol=1e-12)
   np.testing.assert_allclose(swept[2], image, atol=1e-12)
   assert jax.vmap(lambda s: filters.gaussian_kernel(s, 5))(jnp.ones(3)).shape == (3, 5)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, np.nan])
+def test_a_sigma_that_is_none_is_refused(sigma):
+  with pytest.raises(ValueError, match=r"`sigma` is .*; it must be a number > 0"):
+    filters.gaussian_kernel(sigma, 3)

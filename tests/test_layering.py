@@ -26,7 +26,7 @@ SIDE = {"synthetic", "sources", "pairing", "data"}
 ALLOWED = {
   "masks": set(),
   "inputs": set(),
-  "filters": set(),
+  "filters": {"inputs"},
   "types": {"masks"},
   **dict.fromkeys(PARTS, GROUND | {"types"}),
   "transforms": GROUND | {"types", "apgd"},  # which it offers as one of its own
@@ -36,7 +36,7 @@ ALLOWED = {
   "combine": {"types", "inputs"},  # and this no concrete attack
   "line_search": {"types", "inputs"},
   "stability": {"types", "engine"},  # it runs any attack of the engine
-  "attacks": GROUND | PARTS | {"types", "engine", "attacks"},
+  "attacks": GROUND | PARTS | {"types", "stepping", "engine", "attacks"},
   "training": {"types", "inputs"},
   "augment": {"types", "training"},
   "loops": {"types"},
@@ -63,7 +63,8 @@ APPLICATION = {
   "records": set(),
   "report": LIBRARY | {"summaries", "records"},
   "retraining": LIBRARY | {"crafting"},
-  "studies": LIBRARY | {"experiments"},
+  "step_rules": LIBRARY,
+  "studies": LIBRARY | {"experiments", "step_rules"},
   "summaries": LIBRARY | {"records"},
   "trials": LIBRARY | {"experiments"},
   "universal_job": LIBRARY

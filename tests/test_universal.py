@@ -367,6 +367,52 @@ def test_a_batch_without_what_the_objective_compares_with_is_refused():
     uap.step(helpers.convnet(), state, {"image": images, "label": jnp.full(4, 9)})
 
 
+BOTH = {"batches": attacks.universal, "one by one": attacks.sequential_universal}
+
+
+@pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"decision": jnp.full(4, 7)}, "label 7 is outside"),
+    ({"decision": jnp.zeros(3, int)}, r"`y\['decision'\]` has shape \(3,\) but"),
+    ({"decision": jnp.zeros((4, 5), int)}, r"labels have shape \(4, 5\)"),
+    ({"id": jnp.arange(3)}, r"`y\['id'\]` has shape \(3,\) but"),
+    ({"weight": jnp.ones(3)}, r"`weight` has shape \(3,\)"),
+  ],
+)
+def test_what_does_not_fit_the_images_is_refused(make, change, message):
+  uap, images = make(0.1), helpers.stripes(4)
+  batch = {"image": images, "decision": jnp.zeros(4, int)} | change
+  with pytest.raises(ValueError, match=message):
+    uap.step(helpers.convnet(), uap.init(KEY, images[0]), batch)
+
+
+@pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
+@pytest.mark.parametrize("part", [np.s_[:, :, :1], np.s_[:1], np.s_[:4]])
+def test_a_perturbation_of_another_shape_is_refused_and_not_broadcast(make, part):
+  uap, images = make(0.1), helpers.stripes(4)
+  state = uap.init(KEY, jnp.repeat(images, 3, -1)[0][part])
+  with pytest.raises(ValueError, match=r"shape .*, and an image of the batch needs"):
+    uap.step(helpers.convnet(), state, {"image": jnp.repeat(images, 3, -1)})
+
+
+def test_the_state_of_another_rule_is_refused():
+  images = helpers.stripes(4)
+  state = attacks.universal(0.1, step_size=0.01).init(KEY, images[0])
+  with pytest.raises(ValueError, match="the state is one of another attack"):
+    attacks.universal(0.1, num_steps=3).step(
+      helpers.convnet(), state, {"image": images}
+    )
+
+
+def test_the_sequential_algorithm_is_one_of_classes():
+  uap, images = attacks.sequential_universal(0.1), helpers.stripes(4)
+  batch = {"image": images, "decision": jnp.zeros((4, 3), int)}
+  with pytest.raises(ValueError, match=r"\(4, 3\); this algorithm is one of classes"):
+    uap.step(helpers.convnet(classes=3), uap.init(KEY, images[0]), batch)
+
+
 def test_adam_and_the_masked_rule_in_place_of_the_step():
   """One linear step each, by hand."""
   batch = {"image": jnp.asarray([[0.5, 0.5]]), "decision": jnp.zeros(1, int)}
@@ -452,3 +498,10 @@ def test_weights_are_one_number_per_image(make):
   for wrong in (-jnp.ones(4), jnp.full(4, jnp.nan)):
     with pytest.raises(ValueError, match="`weight` is"):
       step(wrong)
+
+
+@pytest.mark.parametrize("label", [jnp.zeros((4, 8, 8), int), jnp.zeros((4, 3), int)])
+def test_deepfool_is_an_attack_on_classes(label):
+  images, model = helpers.stripes(4), helpers.convnet(classes=3, dense=label.ndim == 3)
+  with pytest.raises(ValueError, match=r"rivals are those of classes: labels \(B,\)"):
+    attacks.deepfool()(KEY, model, images, label)

@@ -224,6 +224,7 @@ NOT_BOTH = stripes(split=np.where(stripes()["labels"] == 2, "test", "train"))
 BAD = [
   ({"classes": 2}, [], "gives logits (1, 2), labels of 3 classes need (1, 3)"),
   ({"arrays": NOT_BOTH}, [], "train part: no image of class both"),
+  ({"arrays": stripes(n=19)}, [], "training images are fewer than a batch of 6; lower"),
   ({"arrays": stripes("set"), "classes": 2}, [], "balance needs one class per image"),
   ({"extra": "val_split='val'"}, [], "`val_split` and `holdout` are both set"),
   ({}, ["--pairs", "3"], "a Recipe has no num_pairs; leave the option out"),

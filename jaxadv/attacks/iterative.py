@@ -47,6 +47,9 @@ def fgsm(
   Returns:
     An `Attack`.
 
+  Raises:
+    ValueError: for a negative radius, and labels outside the classes.
+
   Example:
     >>> import jax
     >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
@@ -159,6 +162,18 @@ def mi_fgsm(
   Returns:
     An `Attack`.
 
+  Raises:
+    ValueError: for a negative radius, step or decay, and labels outside the classes.
+
+  Example:
+    >>> import jax
+    >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> attack = mi_fgsm(0.1, num_steps=5)
+    >>> result = attack(jax.random.key(0), lambda x: x @ weights, x, y)
+    >>> print(result.image.round(2))
+    [[0.39999998 0.39999998]]
+
   Differs from the released code, which divides by the mean absolute gradient: the
   momentum is then only scaled, and the signs are the same.
 
@@ -201,6 +216,18 @@ def di_fgsm(
   Returns:
     An `Attack`; its losses are those of the copies it saw, while score, logits and
     success are those of the image itself.
+
+  Raises:
+    ValueError: for a negative radius, step or decay, shares outside [0, 1], labels
+      outside the classes, and masks.
+
+  Example:
+    >>> import jax
+    >>> predict = lambda x: jnp.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1)
+    >>> x, y = jnp.full((1, 4, 4, 1), 0.5), jnp.array([0])
+    >>> result = di_fgsm(0.1, num_steps=5)(jax.random.key(0), predict, x, y)
+    >>> print(result.image.mean().round(2))
+    0.39999998
 
   Differs from the released code, see `jaxadv.forwards.input_diversity`.
 
@@ -245,6 +272,20 @@ def ti_fgsm(
   Returns:
     An `Attack`.
 
+  Raises:
+    ValueError: for a negative radius, step or decay, `sigma` not above 0, an even
+      size, and labels outside the classes.
+
+  Example:
+    >>> import jax
+    >>> predict = lambda x: jnp.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1)
+    >>> x, y = jnp.full((1, 4, 4, 1), 0.5), jnp.array([0])
+    >>> result = ti_fgsm(0.1, num_steps=5)(jax.random.key(0), predict, x, y)
+    >>> print(result.image.mean().round(2))
+    0.39999998
+
+  Differs from the released code as `mi_fgsm` does.
+
   Reference: Dong et al., CVPR 2019, arXiv 1904.02884.
   """
   smooth = transforms.smooth(sigma, size=size)
@@ -279,6 +320,19 @@ def apgd(
 
   Returns:
     An `Attack`.
+
+  Raises:
+    ValueError: for a negative radius, another norm, and labels outside the classes.
+
+  Example:
+    >>> import jax
+    >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> result = apgd(0.1, num_steps=5)(jax.random.key(0), lambda x: x @ weights, x, y)
+    >>> print(result.image.round(2))
+    [[0.39999998 0.39999998]]
+
+  Differs from the released code, which returns the last point that fooled.
 
   Reference: Croce and Hein, ICML 2020, arXiv 2003.01690.
   """

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import inputs, losses, targets, threats, transforms
+from jaxadv import inputs, losses, stepping, targets, threats, transforms
 from jaxadv.attacks.iterative import fgsm
 from jaxadv.attacks.parts import Bounds, Scalar, momentum
 from jaxadv.engine import Universal, universal_attack
@@ -147,6 +147,16 @@ def targeted_universal(
   Raises:
     ValueError: as for `universal`, and for a target outside the model's classes.
 
+  Example:
+    >>> uap = targeted_universal(0.2, target=1, num_steps=5)
+    >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
+    >>> batch = {"image": jnp.full((4, 2), 0.5)}
+    >>> state = uap.init(jax.random.key(0), batch["image"][0])
+    >>> for _ in range(5):
+    ...   state, metrics = uap.step(lambda x: x @ weights, state, batch)
+    >>> print(state.delta)
+    [-0.2 -0.2]
+
   Differs from the released code of sgd-uap, which keeps the cap here too, and from the
   medical study, which goes image by image: `sequential_universal(target=...)`.
 
@@ -196,10 +206,25 @@ def sequential_universal(
     `accepted`, the share whose step was taken, and `nonfinite`, how many had logits or
     gradients that were not finite: those count as neither.
 
+  Raises:
+    ValueError: for a negative radius, an unknown norm, labels outside the classes,
+      masks and label sets.
+
+  Example:
+    >>> uap = sequential_universal(0.6, attack=fgsm(0.5))
+    >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
+    >>> batch = {"image": jnp.array([[0.4, 0.4], [0.5, 0.5]])}
+    >>> state = uap.init(jax.random.key(0), batch["image"][0])
+    >>> predict = lambda x: (x - 0.2) @ weights
+    >>> state, metrics = uap.step(predict, state, batch)
+    >>> print(state.delta, metrics["accepted"])
+    [-0.4 -0.4] 0.5
+
   Differs from the released code, which shuffles the images, makes up to 15 passes and
   stops when all are fooled: here that is up to whoever draws the batches. It takes the
   cross-entropy of clipped probabilities, whose gradient is 0 where the model is sure,
-  and its projection divides by the norm plus 1e-7.
+  and its projection divides by the norm plus 1e-7. DeepFool counts as a success there
+  only when it needed less than its last step.
 
   Reference: Hirano et al., BMC Medical Imaging 21:9 (2021); Moosavi-Dezfooli et al.,
   CVPR 2017, arXiv 1610.08401.
@@ -218,11 +243,11 @@ def sequential_universal(
     return jnp.isfinite(logits).all() & hit(jnp.argmax(logits, -1), wish)
 
   def step(predict, state, batch):
-    x = batch["image"]
-    inputs.check_batch(x, {"label": jnp.zeros(len(x), int)}, bounds)
-    weight = inputs.as_weights(batch.get("weight"), len(x))
-    ids = batch.get("id", jnp.arange(len(x)))
-    wishes = prepare(predict, x, batch)["label"]
+    x, y, weight, ids = stepping.parts(batch, threat)
+    stepping.check_state(state, jax.eval_shape(start.init, state.key, x[0]))
+    target = prepare(predict, x, y)
+    stepping.check_target(predict, x, target)
+    wishes = _classes(target["label"])
     step_key = jax.random.fold_in(state.key, state.step)
 
     def visit(delta, example):
@@ -285,6 +310,10 @@ def random_universal(
     >>> state = random_universal(0.2, kind="sign").init(jax.random.key(0), jnp.ones(3))
     >>> print(jnp.abs(state.delta))
     [0.2 0.2 0.2]
+
+  Differs from the control of the study, `random_sphere` of ART, in the second kind.
+
+  Reference: Hirano et al., BMC Medical Imaging 21:9 (2021).
   """
   inputs.check_choice("kind", kind, ("ball", "sign"))
   threat = _threat(eps, norm, bounds)
@@ -292,6 +321,14 @@ def random_universal(
     threat = threat._replace(init=functools.partial(_signs, eps, norm))
   objective = Objective(losses.cross_entropy, prepare=targets.predictions)
   return universal_attack(objective, threat, optax.set_to_zero(), random_start=True)
+
+
+def _classes(labels):
+  if labels.ndim != 1:
+    raise ValueError(
+      f"labels have shape {labels.shape}; this algorithm is one of classes (B,)."
+    )
+  return labels
 
 
 def _threat(eps, norm, bounds) -> Threat:

@@ -171,10 +171,15 @@ def head(pooled: jax.Array, num_classes: int) -> jax.Array:
 def scaled(channels: int, width: float) -> int:
   """`channels * width`, rounded to a multiple of 8, of which one is kept at least.
 
+  Raises:
+    ValueError: for a `width` not above 0.
+
   Example:
     >>> scaled(64, 0.25), scaled(80, 0.25), scaled(16, 0.1), scaled(1088, 1.0)
     (16, 24, 8, 1088)
   """
+  if not width > 0:
+    raise ValueError(f"`width` is {width}; write a factor above 0, such as 0.25.")
   return max(8, 8 * math.floor(channels * width / 8 + 0.5))
 
 

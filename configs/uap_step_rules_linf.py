@@ -1,0 +1,18 @@
+"""Step rules for universal perturbations in Linf: which of them stall?
+
+Paper: Shafahi, Najibi, Xu, Dickerson, Davis, Goldstein, "Universal adversarial
+training", AAAI 2020, arXiv 1811.11304, and the rules around it; the victim is the
+VGG16 and the ResNet-50 of `uap_pneumonia`.
+Data: PneumoniaMNIST pack, 4708 train and 524 val images of 28 pixels, grey, of which
+val is attacked; resized to 32 pixels.
+Expected: docs/universal.md. As in L2; signs make every step as long as it may be.
+Time: about half an hour on one busy core.
+"""
+
+from jaxadv import studies
+from jaxadv.experiments import UniversalStudy
+
+
+def get_config(*, quick: bool = False) -> UniversalStudy:
+  """Two victims, many rules, three radii in Linf."""
+  return studies.step_rules("linf", quick=quick)
