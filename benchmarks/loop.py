@@ -1,6 +1,6 @@
 """What a gradient step costs inside a compiled loop, against the bare gradient.
 
-    python benchmarks/loop.py [--models unet16-group twin16] [--out loop.json]
+    python benchmarks/loop.py [--models unet16-group twin16 resnet50] [--out loop.json]
 
 Per model: CPU seconds of the jitted `value_and_grad` of the input (`bare`), of one sign
 step inside `lax.scan` (`scan`), of one step of `jaxadv.attacks.pgd` inside the compiled
@@ -9,7 +9,8 @@ pinned to one core and the programs take turns, so other work on the machine dis
 all of them alike; reported are medians and quartiles, and ratios of medians to `bare`.
 
 `unet<width>-<norm>` is our U-Net. `twin<width>` has the same blocks on plain Flax
-convolutions, transposed convolutions and pooling, for comparison.
+convolutions, transposed convolutions and pooling, for comparison. The classifiers have
+the names of `jaxadv.studies.seven_architectures`, at a quarter of their width.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxadv
-from jaxadv import models
+from jaxadv import models, studies, types
 
 __all__ = ["Twin", "build", "measure", "programs"]
 
@@ -62,7 +63,10 @@ class Twin(nn.Module):
 
 
 def build(name):
-  """The model called `unet<width>-<norm>` or `twin<width>`."""
+  """The model called `unet<width>-<norm>`, `twin<width>`, or as in the study."""
+  classifiers = studies.seven_architectures(num_classes=3)
+  if name in classifiers:
+    return classifiers[name]
   kind, _, norm = name.partition("-")
   if kind.startswith("twin"):
     return Twin(int(kind[4:]))
@@ -72,14 +76,14 @@ def build(name):
 def programs(model, *, side, batch, steps):
   """Functions without arguments that take `steps` steps each, by name."""
   x = jax.random.uniform(jax.random.key(0), (batch, side, side, 3))
-  y = jnp.zeros((batch, side, side), jnp.int32).at[:, side // 4 : side // 2].set(1)
   variables = jax.jit(model.init)(jax.random.key(1), x)
   predict = lambda x: model.apply(variables, x)
+  shape = jax.eval_shape(lambda x: types.call(predict, x)[0], x).shape
+  y = jnp.zeros(shape[:-1], jnp.int32)
 
   def cost(x):
-    out = predict(x)
-    logits = out[0] if isinstance(out, tuple) else out
-    return -(nn.log_softmax(logits) * jax.nn.one_hot(y, 2)).sum(-1).mean()
+    logits = types.call(predict, x)[0]
+    return -(nn.log_softmax(logits) * jax.nn.one_hot(y, shape[-1])).sum(-1).mean()
 
   def sign_step(x, _):
     value, gradient = jax.value_and_grad(cost)(x)

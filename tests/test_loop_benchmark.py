@@ -83,8 +83,12 @@ def test_plain_layers_leave_it(loop):
   assert _slow_operations(nn.Conv(3, (3, 3)), side=2) != []
 
 
-def test_the_benchmark_measures_every_program(loop):
-  model = loop.models.UNet(width=2, depth=1)
+@pytest.mark.parametrize(
+  "model",
+  [models.UNet(width=2, depth=1), models.ConvNet(num_classes=3, width=2, depth=1)],
+  ids=["masks", "classes"],
+)
+def test_the_benchmark_measures_every_program(loop, model):
   calls = loop.programs(model, side=8, batch=1, steps=2)
   rows = loop.summary(loop.measure(calls, steps=2, repeats=2))
   assert list(rows) == ["bare", "scan", "pgd", "host"]
@@ -92,3 +96,4 @@ def test_the_benchmark_measures_every_program(loop):
   assert all(row["ms"] > 0 for row in rows.values())
   assert isinstance(loop.build("twin8"), loop.Twin)
   assert loop.build("unet8-batch").norm == "batch"
+  assert loop.build("resnet50").width == 0.25
