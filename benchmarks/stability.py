@@ -89,6 +89,7 @@ class Comparison(NamedTuple):
     steps: of each attack, one gradient each.
     seconds: of each attack, per image.
     columns: `{attack: {column: (keys, images)}}`.
+    origin: what made the numbers.
   """
 
   task: str
@@ -96,6 +97,7 @@ class Comparison(NamedTuple):
   steps: dict[str, int]
   seconds: dict[str, float]
   columns: dict[str, dict[str, np.ndarray]]
+  origin: dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--batch", type=int, default=8)
   options = parser.parse_args(arguments)
   done = []
+  print("# SMIA against PGD: all numbers")
   for path in options.configs:
     done.append(_compared(path, options))
     print(tables(done[-1]), flush=True)
@@ -192,7 +195,9 @@ def compare(task, *, eps, num_steps=20, keys=5, batch=8, weights=WEIGHTS):
   seconds |= _seconds(task, longer, batch)
   columns = {name: _columns(task, arm, eps, keys, batch) for name, arm in arms.items()}
   steps = {name: arm.num_steps for name, arm in arms.items()}
-  return Comparison(task.name, _about(task), steps, seconds, columns)
+  return Comparison(
+    task.name, _about(task), steps, seconds, columns, summaries.origin()
+  )
 
 
 def tables(comparison):
@@ -216,6 +221,7 @@ def tables(comparison):
   heads += [f"sd of {column}" for column in SPREADS]
   parts = [f"\n## {comparison.task}", about, summaries.markdown(heads, lines)]
   parts += ["Minus `pgd`:", summaries.markdown(["attack", *PAIRED], gaps)]
+  parts += [summaries.signature(comparison.origin)]
   return "\n\n".join(parts)
 
 

@@ -36,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(summaries.markdown(*universal_report.table(run)))
     print("\nMean success of all that was crafted, by how it was judged:\n")
     print(summaries.markdown(*over_views(run)))
-    versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-    print(f"\nCommit {run['commit'][:7]}, {versions}; {run['machine']}.")
+    print(f"\n{summaries.signature(run)}")
 
 
 def has_targets(results):

@@ -271,9 +271,7 @@ def _results(run, victim, scene, seconds):
     "backwards": int(sum(row["backwards"] for row in rows)),
     "config": {"digest": run.config.digest, "text": run.config.text},
     "settings": {k: v for k, v in run.settings.items() if k != "config"},
-    "versions": summaries.versions(),
-    "commit": summaries.commit(pathlib.Path(__file__).parent),
-    "machine": summaries.machine(),
+    **summaries.origin(),
   }
 
 

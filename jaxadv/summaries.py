@@ -19,11 +19,11 @@ __all__ = [
   "commit",
   "differences",
   "interval",
-  "machine",
   "markdown",
+  "origin",
   "ratios",
+  "signature",
   "summarize",
-  "versions",
 ]
 
 # Columns that describe a row and are not averaged.
@@ -121,15 +121,27 @@ def differences(rows: Sequence[Row], attack: str, baseline: str) -> dict[str, An
   return _paired(rows, attack, baseline, _DIFFERENCES, operator.sub)
 
 
-def versions() -> dict[str, str]:
-  """Versions of what the numbers depend on."""
+def origin() -> dict[str, Any]:
+  """What made the numbers: `versions`, `commit` and `machine`."""
   others = {name: importlib.metadata.version(name) for name in _PACKAGES}
-  return {"jaxadv": jaxadv.__version__} | others
+  return {
+    "versions": {"jaxadv": jaxadv.__version__} | others,
+    "commit": commit(pathlib.Path(__file__).parent),
+    "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+  }
 
 
-def machine() -> str:
-  """Processor and device that the numbers were made on."""
-  return f"{platform.machine()}, {jax.devices()[0].device_kind}"
+def signature(results: Mapping[str, Any]) -> str:
+  """The line under a table of the docs, from results that hold an `origin`.
+
+  Example:
+    >>> signature({"versions": {"jax": "0.10.2"}, "commit": "0" * 40, "machine": "cpu"})
+    'Commit 0000000, jax 0.10.2; cpu.'
+  """
+  versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+  commit, _, dirty = (results["commit"] or "unknown").partition("-")
+  changed = " with changes" if dirty else ""
+  return f"Commit {commit[:7]}{changed}, {versions}; {results['machine']}."
 
 
 def commit(folder: pathlib.Path) -> str | None:

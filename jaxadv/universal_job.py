@@ -393,7 +393,5 @@ def _results(run, evaluations, seconds):
     "wall_seconds": seconds,
     "craft_seconds": sum(row["seconds"] for row in rows),
     "config": {"digest": run.config.digest, "text": run.config.text},
-    "versions": summaries.versions(),
-    "commit": summaries.commit(pathlib.Path(__file__).parent),
-    "machine": summaries.machine(),
+    **summaries.origin(),
   }
