@@ -14,11 +14,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxadv.outer_losses import (
+  ExampleLoss,
+  OuterLoss,
+  binary_cross_entropy,
+  cross_entropy,
+  dice_cross_entropy,
+  focal,
+  mean_cross_entropy,
+  mean_over_views,
+  misclassification_aware,
+  soft_dice,
+  trades,
+)
 from jaxadv.types import AttackFn
 
 __all__ = [
   "ApplyFn",
   "AugmentFn",
+  "ExampleLoss",
   "OuterLoss",
   "TrainState",
   "adversarial_step",
@@ -26,9 +40,13 @@ __all__ = [
   "cross_entropy",
   "dice_cross_entropy",
   "flips",
+  "focal",
   "init_state",
+  "mean_cross_entropy",
   "mean_over_views",
+  "misclassification_aware",
   "soft_dice",
+  "trades",
   "train_step",
 ]
 
@@ -36,12 +54,8 @@ Array = jax.Array
 Batch = Mapping[str, Any]
 # (params, extra, images (B, ...), train) -> (logits (B, ...), extra)
 ApplyFn = Callable[[Any, Any, Array, bool], tuple[Array, Any]]
-# ONE example: (logits, label) -> scalar to lower
-ExampleLoss = Callable[[Array, Array], Array]
 # ONE example: (key, image, label) -> (image, label)
 AugmentFn = Callable[[Array, Array, Array], tuple[Array, Array]]
-# ONE example: (logits (V, ...) of its V views, label) -> scalar to lower
-OuterLoss = Callable[[Array, Array], Array]
 
 _VIEW_STREAM = 2**32 - 1  # no step is that late: augmentations never draw these keys
 
@@ -74,83 +88,6 @@ def init_state(
     0
   """
   return TrainState(jnp.int32(0), params, extra, tx.init(params), key)
-
-
-def cross_entropy(logits: Array, label: Array) -> Array:
-  """Softmax cross-entropy of ONE example, averaged over its pixels if it has any.
-
-  Args:
-    logits: `(K,)` or `(..., K)` float.
-    label: `()` or `(...)` int in [0, K).
-
-  Returns:
-    A float32 scalar.
-
-  Example:
-    >>> print(cross_entropy(jnp.zeros((5, 5, 2)), jnp.ones((5, 5), int)).round(4))
-    0.6931
-  """
-  logits = logits.astype(jnp.float32)
-  return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
-
-
-def binary_cross_entropy(logits: Array, label: Array) -> Array:
-  """Sigmoid cross-entropy of ONE label set, averaged over its findings.
-
-  Args:
-    logits: `(L,)` float.
-    label: `(L,)` of 0 and 1.
-
-  Returns:
-    A float32 scalar.
-
-  Example:
-    >>> print(binary_cross_entropy(jnp.zeros(3), jnp.array([0, 1, 1])).round(4))
-    0.6931
-  """
-  logits = logits.astype(jnp.float32)
-  return optax.sigmoid_binary_cross_entropy(logits, label).mean()
-
-
-def soft_dice(logits: Array, label: Array, *, smooth: float = 1.0) -> Array:
-  """One minus the soft Dice overlap of ONE mask, averaged over the foreground classes.
-
-      1 - (2 <p, q> + smooth) / (|p|_1 + |q|_1 + smooth)
-
-  with `p` the softmax probabilities and `q` the one-hot label of one class.
-
-  Args:
-    logits: `(..., K)` float; class 0 is the background.
-    label: `(...)` int in [0, K).
-    smooth: keeps an empty class harmless.
-
-  Returns:
-    A float32 scalar in [0, 1].
-
-  Example:
-    >>> label = jnp.array([[0, 1], [1, 1]])
-    >>> print(soft_dice(100 * jax.nn.one_hot(label, 2), label).round(4))
-    0.0
-
-  Reference: Milletari et al., V-Net, arXiv:1606.04797 (there with squared terms).
-  """
-  probability = jax.nn.softmax(logits.astype(jnp.float32))[..., 1:]
-  wanted = jax.nn.one_hot(label, logits.shape[-1])[..., 1:]
-  pixels = tuple(range(label.ndim))
-  overlap = (probability * wanted).sum(pixels)
-  size = probability.sum(pixels) + wanted.sum(pixels)
-  return 1 - ((2 * overlap + smooth) / (size + smooth)).mean()
-
-
-def dice_cross_entropy(logits: Array, label: Array) -> Array:
-  """`soft_dice + cross_entropy` of ONE mask: the usual segmentation loss.
-
-  Example:
-    >>> label = jnp.array([[0, 1], [1, 1]])
-    >>> print(dice_cross_entropy(jnp.zeros((2, 2, 2)), label).round(4))
-    1.0265
-  """
-  return soft_dice(logits, label) + cross_entropy(logits, label)
 
 
 def flips(key: Array, image: Array, label: Array) -> tuple[Array, Array]:
@@ -285,20 +222,6 @@ def adversarial_step(
     return state, {"loss": value, "grad_norm": optax.tree.norm(grad)}
 
   return step
-
-
-def mean_over_views(loss: ExampleLoss) -> OuterLoss:
-  """The mean of a loss over the views of ONE example.
-
-  Example:
-    >>> print(mean_over_views(cross_entropy)(jnp.zeros((4, 2)), jnp.int32(1)).round(4))
-    0.6931
-  """
-
-  def outer(logits, label):
-    return jax.vmap(loss, (0, None))(logits, label).mean()
-
-  return outer
 
 
 def _augmented(augment, state, batch):
