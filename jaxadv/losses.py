@@ -221,11 +221,20 @@ def jensen_shannon(sample: Sample) -> jax.Array:
 def margin(sample: Sample) -> jax.Array:
   """Mean of `max_{k != y} z_k - z_y`; positive where the decision is not the label.
 
+  Of a label set `max_j (1 - 2 y_j) z_j` over the valid labels: positive where any of
+  them is flipped. For as many flipped labels as possible see `label_margin`.
+
   Example:
     >>> margin(_example([3.0, 1.0, 0.5], 0)).item()
     -2.0
+    >>> margin(_example([3.0, -1.0], [1, 0])).item()
+    -1.0
   """
-  return pw.mean(-pw.margins(sample), sample)
+  if not pw.is_label_set(sample):
+    return pw.mean(-pw.margins(sample), sample)
+  z, valid = pw.logits(sample), valid_pixels(sample)
+  against = jnp.where(sample.target["label"] == 1, -z, z)
+  return jnp.where(valid.any(), jnp.where(valid, against, -jnp.inf).max(), 0.0)
 
 
 def dlr(sample: Sample) -> jax.Array:

@@ -48,8 +48,8 @@ def pick(z: Array, index: Array) -> Array:
   if index.ndim != z.ndim - 1:
     raise ValueError(
       f"this loss is one of classes, and the label {index.shape} is no class index for "
-      f"logits {z.shape}; write loss=losses.task_loss, or binary_cross_entropy, for "
-      "label sets."
+      f"logits {z.shape}; for label sets write loss=losses.task_loss, margin or "
+      "label_margin."
     )
   classes = jnp.arange(z.shape[-1]).reshape((1,) * index.ndim + (-1,))
   return jnp.where(index[..., None] == classes, z, 0).sum(-1)

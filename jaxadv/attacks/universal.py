@@ -101,7 +101,7 @@ def universal(
 
   Reference: Shafahi et al., AAAI 2020, arXiv 1811.11304.
   """
-  loss = losses.cap(losses.cross_entropy, 2.0) if loss is None else loss
+  loss = losses.cap(losses.task_loss, 2.0) if loss is None else loss
   return universal_attack(
     Objective(loss, prepare=prepare),
     _threat(eps, norm, bounds),
@@ -119,7 +119,7 @@ def targeted_universal(
   num_steps: int | None = None,
   decay: Scalar | None = None,
   transform: optax.GradientTransformation | None = None,
-  loss: LossFn = losses.cross_entropy,
+  loss: LossFn = losses.task_loss,
   axis_name: str | None = None,
   bounds: Bounds = (0.0, 1.0),
 ) -> Universal:
