@@ -25,7 +25,7 @@ from jaxadv.similarity import (
   low_frequency_energy,
   squared_l2,
 )
-from jaxadv.types import LossFn, Sample, valid_pixels
+from jaxadv.types import LossFn, Sample, decided, valid_pixels
 
 __all__ = [
   "active_margin",
@@ -376,6 +376,4 @@ def until_reached(loss: LossFn) -> LossFn:
 
 
 def _example(logits, label):
-  """A sample with nothing but logits and a label, for the examples above."""
-  empty, target = jnp.zeros(()), {"label": jnp.asarray(label)}
-  return Sample(empty, empty, empty, jnp.asarray(logits), {}, target, empty)
+  return decided(jnp.asarray(logits), jnp.asarray(label))

@@ -5,7 +5,7 @@ first where it needs one, and its label. Label sets, classes, masks and volumes 
 through the same functions, as in `jaxadv.losses`; `jaxadv.training` offers all of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import optax
 
 from jaxadv import inputs
 from jaxadv import pointwise as pw
-from jaxadv.types import Sample
+from jaxadv.types import decided
 
 __all__ = [
   "ExampleLoss",
@@ -139,7 +139,7 @@ def focal(gamma: float | Array = 2.0) -> ExampleLoss:
   inputs.check_positive("gamma", gamma)
 
   def loss(logits, label):
-    sample = _sample(logits, label)
+    sample = decided(logits, label)
     surprise = pw.log_losses(sample)
     return pw.mean((1 - jnp.exp(-surprise)) ** gamma * surprise, sample)
 
@@ -178,7 +178,7 @@ def mean_cross_entropy(logits: Array, label: Array) -> Array:
   """
 
   def one(view):
-    sample = _sample(view, label)
+    sample = decided(view, label)
     return pw.mean(pw.log_losses(sample), sample)
 
   return jax.vmap(one)(logits).mean()
@@ -274,11 +274,5 @@ def _clean_and_attacked(logits, label):
       f"this loss compares 2 views, got {len(logits)}; write views=(combine.identity, "
       "attack)."
     )
-  clean, attacked = (_sample(view, label) for view in logits)
-  return clean, attacked._replace(target=attacked.target | {"logits": logits[0]})
-
-
-def _sample(logits, label):
-  target = dict(label) if isinstance(label, Mapping) else {"label": label}
-  empty = jnp.zeros(())
-  return Sample(empty, empty, empty, logits, {}, target, empty)
+  clean, attacked = (decided(view, label) for view in logits)
+  return clean, attacked._replace(target={**attacked.target, "logits": logits[0]})

@@ -31,7 +31,7 @@ def predictions(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
 
   Labels `(B, L)` beside logits `(B, L)` mean one yes or no per label, anything else, or
   none at all, means classes. Where `y` holds the decision already, as `y["decision"]`,
-  no forward pass is spent.
+  no forward pass is spent. A `y["mask"]` of what counts stays.
 
   Example:
     >>> predictions(lambda x: x, jnp.array([[0.1, 0.9]]), None)["label"].tolist()
@@ -40,9 +40,11 @@ def predictions(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
     >>> predictions(lambda x: x, x, jnp.array([[0, 0]]))["label"].tolist()
     [[1, 0]]
   """
-  if isinstance(y, Mapping) and "decision" in y:
-    return {"label": y["decision"]}
-  return {"label": _decision(call(predict, x)[0], y)}
+  given = y if isinstance(y, Mapping) else {}
+  kept = {name: given[name] for name in ("mask",) if name in given}
+  if "decision" in given:
+    return kept | {"label": given["decision"]}
+  return kept | {"label": _decision(call(predict, x)[0], y)}
 
 
 def least_likely(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
