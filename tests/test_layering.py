@@ -40,6 +40,7 @@ ALLOWED = {
   "stability": {"types", "engine"},  # it runs any attack of the engine
   "attacks": GROUND | PARTS | {"types", "stepping", "engine", "attacks"},
   "training": {"types", "inputs", "outer_losses"},
+  "defences": GROUND | PARTS | {"types", "engine", "combine", "attacks", "training"},
   "augment": {"types", "training"},
   "loops": {"types"},
   "checkpoints": {"types"},
