@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxadv import inputs
 from jaxadv.outer_losses import (
   ExampleLoss,
   OuterLoss,
@@ -27,20 +28,23 @@ from jaxadv.outer_losses import (
   soft_dice,
   trades,
 )
-from jaxadv.types import AttackFn
+from jaxadv.types import AttackFn, Threat
 
 __all__ = [
   "ApplyFn",
   "AugmentFn",
   "ExampleLoss",
+  "FreeState",
   "OuterLoss",
   "TrainState",
   "adversarial_step",
+  "adversarial_weights",
   "binary_cross_entropy",
   "cross_entropy",
   "dice_cross_entropy",
   "flips",
   "focal",
+  "free_step",
   "init_state",
   "mean_cross_entropy",
   "mean_over_views",
@@ -56,6 +60,9 @@ Batch = Mapping[str, Any]
 ApplyFn = Callable[[Any, Any, Array, bool], tuple[Array, Any]]
 # ONE example: (key, image, label) -> (image, label)
 AugmentFn = Callable[[Array, Array, Array], tuple[Array, Array]]
+
+# (params, gradient of the loss) -> params where the step's gradient is taken
+WeightAttack = Callable[[Any, Any], Any]
 
 _VIEW_STREAM = 2**32 - 1  # no step is that late: augmentations never draw these keys
 
@@ -162,6 +169,7 @@ def adversarial_step(
   outer: OuterLoss,
   *,
   augment: AugmentFn | None = None,
+  weights: WeightAttack | None = None,
   axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """One optimizer step on several views of the images, each made by an attack.
@@ -179,6 +187,8 @@ def adversarial_step(
     outer: one example's `(logits (V, ...), label) -> scalar`, such as
       `mean_over_views(cross_entropy)`.
     augment: as for `train_step`; comes before the views.
+    weights: where the gradient of the step is taken instead of at the parameters, such
+      as `adversarial_weights()`; costs one more forward and backward pass.
     axis_name: of the mapped axis of devices, under `pmap`.
 
   Returns:
@@ -212,7 +222,11 @@ def adversarial_step(
       losses = jax.vmap(outer, (1, 0))(logits, label)
       return (weight * losses).sum() / jnp.maximum(total, 1e-6), extra
 
-    (value, extra), grad = jax.value_and_grad(cost, has_aux=True)(state.params)
+    place = state.params
+    if weights is not None:
+      ascent = jax.grad(cost, has_aux=True)(place)[0]
+      place = weights(place, _sum(ascent, axis_name))
+    (value, extra), grad = jax.value_and_grad(cost, has_aux=True)(place)
     value, grad = _sum((value, grad), axis_name)
     if axis_name is not None:
       extra = jax.lax.pmean(extra, axis_name)
@@ -222,6 +236,117 @@ def adversarial_step(
     return state, {"loss": value, "grad_norm": optax.tree.norm(grad)}
 
   return step
+
+
+def adversarial_weights(gamma: float | Array = 0.005) -> WeightAttack:
+  """AWP: weights moved up the loss, each tensor by a share of its own norm.
+
+      w + gamma * ||w|| g / ||g||    for tensors with more than one axis
+
+  Args:
+    gamma: 0.01 for adversarial training, 0.005 for TRADES and MART.
+
+  Returns:
+    `(params, gradient) -> params`, for `adversarial_step(weights=...)`.
+
+  Raises:
+    ValueError: for a negative `gamma`.
+
+  Example:
+    >>> moved = adversarial_weights()(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 2.0]]))
+    >>> print(moved)
+    [[3.    4.025]]
+
+  Differs from the released code, which walks a copy of the model by a step of SGD and
+  takes the difference: of its length, and of the step, nothing is left after scaling.
+
+  Reference: Wu, Xia, Wang, NeurIPS 2020, arXiv 2004.05884.
+  """
+  inputs.check_positive("gamma", gamma)
+
+  def move(w, g):
+    if w.ndim < 2:
+      return w
+    tiny = jnp.finfo(w.dtype).tiny
+    return w + gamma * g * (_norm(w) / jnp.maximum(_norm(g), tiny))
+
+  return lambda params, gradient: jax.tree.map(move, params, gradient)
+
+
+class FreeState(NamedTuple):
+  """A training state, and the perturbation of every place of the batch.
+
+  Attributes:
+    train: of the model.
+    delta: `(B, ..., C)`, carried from batch to batch.
+  """
+
+  train: TrainState
+  delta: Array
+
+
+def free_step(
+  apply: ApplyFn,
+  tx: optax.GradientTransformation,
+  threat: Threat,
+  eps: float | Array,
+  *,
+  loss: ExampleLoss = cross_entropy,
+) -> Callable[[FreeState, Batch], tuple[FreeState, dict[str, Array]]]:
+  """Free adversarial training: one backward pass moves weights and perturbations.
+
+      g_w, g_d = grad L(y, f_w(x + d))
+      w <- tx(w, g_w),   d <- project(d + eps sign g_d)
+
+  Repeat each batch, 8 times in the paper, and divide the epochs by as many.
+
+  Args:
+    apply: `(params, extra, images, train) -> (logits, extra)`.
+    tx: optax transform that lowers the loss.
+    threat: what is allowed, such as `threats.linf(eps)`.
+    eps: length of the perturbations' steps.
+    loss: one example's `(logits, label) -> scalar`.
+
+  Returns:
+    `step(state, batch) -> (state, {"loss", "grad_norm"})`; start from
+    `FreeState(init_state(...), jnp.zeros_like(images))`. All batches have one size.
+
+  Example:
+    >>> from jaxadv import threats
+    >>> apply = lambda params, extra, x, train: (x @ params, extra)
+    >>> step = free_step(apply, optax.sgd(0.1), threats.linf(0.1), 0.1)
+    >>> train = init_state(jax.random.key(0), jnp.eye(2), {}, optax.sgd(0.1))
+    >>> x = jnp.full((1, 2), 0.5)
+    >>> state, _ = step(FreeState(train, 0 * x), {"image": x, "label": jnp.array([0])})
+    >>> print(state.delta.round(2))
+    [[-0.09999999  0.09999999]]
+
+  Reference: Shafahi et al., NeurIPS 2019, arXiv 1904.12843.
+  """
+
+  def step(state: FreeState, batch: Batch) -> tuple[FreeState, dict[str, Array]]:
+    train, x, y = state.train, batch["image"], batch["label"]
+    weight = batch.get("weight", jnp.ones(len(x)))
+
+    def cost(params, delta):
+      shown = jax.vmap(threat.apply)(x, delta)
+      logits, extra = apply(params, train.extra, shown, True)
+      total = (weight * jax.vmap(loss)(logits, y)).sum()
+      return total / jnp.maximum(weight.sum(), 1e-6), extra
+
+    grads = jax.value_and_grad(cost, (0, 1), has_aux=True)
+    (value, extra), (grad, up) = grads(train.params, state.delta)
+    updates, opt_state = tx.update(grad, train.opt_state, train.params)
+    params = optax.apply_updates(train.params, updates)
+    delta = jax.vmap(threat.project)(state.delta + eps * jnp.sign(up), x)
+    train = TrainState(train.step + 1, params, extra, opt_state, train.key)
+    return FreeState(train, delta), {"loss": value, "grad_norm": optax.tree.norm(grad)}
+
+  return step
+
+
+def _norm(values):
+  return jnp.sqrt(jnp.square(values).sum())
 
 
 def _augmented(augment, state, batch):

@@ -98,7 +98,7 @@ each = pytest.mark.parametrize("name", NAMED)
 
 
 def images(seed, n=48):
-  """Three kinds of stripes, strong under noise in one channel, weak and clear in one."""
+  """Three kinds of stripes: strong under noise in one channel, weak in the other."""
   rng = np.random.default_rng(seed)
   labels = np.arange(n) % 3
   wave = np.sign(np.sin(np.arange(8) * np.pi / 2 + 0.5))
@@ -174,7 +174,7 @@ def test_the_start_beside_the_image_has_a_gradient_and_the_image_none():
 def test_maadvt_is_mart_with_its_own_defaults():
   one, other = defences.maadvt(EPS), defences.mart(EPS, num_steps=4)
   x, y = images(0)["image"], images(0)["label"]
-  model = lambda x: x.mean((1, 2)) @ jnp.asarray(WEIGHTS[:2])
+  model = lambda x: x.mean((1, 2)) @ jnp.asarray(WEIGHTS.T[:, :3])
   shown = [view(KEY, model, x, y).image for view in (one.views[1], other.views[1])]
   np.testing.assert_array_equal(*shown)
   logits = jnp.array([[1.0, 2.0], [0.5, 0.1]])
