@@ -1,5 +1,6 @@
 """Attacks made of attacks: an `AttackFn` in, an `AttackFn` out."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,14 @@ from jaxadv.types import (
   example_keys,
 )
 
-__all__ = ["best_of", "fixed", "identity", "one_of", "with_restarts"]
+__all__ = [
+  "best_of",
+  "fixed",
+  "identity",
+  "one_of",
+  "random_budget",
+  "with_restarts",
+]
 
 
 def identity(key: Array, predict: Predict, x: Images, y: Any) -> AttackResult:
@@ -147,6 +155,45 @@ def best_of(*attacks: AttackFn) -> AttackFn:
     for other in results[1:]:
       best = _better(best, _pad(other, length))
     return best
+
+  return attack
+
+
+def random_budget(
+  make: Callable[..., AttackFn],
+  sample_hparams: Callable[[Array], Mapping[str, Any]],
+) -> AttackFn:
+  """An attack whose parameters are drawn for each example: one program for all of them.
+
+  Args:
+    make: `(**parameters) -> attack`; the parameters are traced, so they may be radii,
+      step sizes and weights, but no `num_steps`: `transforms.for_steps` stops early.
+    sample_hparams: `key -> parameters` of ONE example.
+
+  Returns:
+    An attack; example `i` is attacked by `make(**sample_hparams(key_i))`.
+
+  Example:
+    >>> from jaxadv import attacks
+    >>> draw = lambda key: {"eps": jax.random.uniform(key, maxval=0.3)}
+    >>> attack = random_budget(attacks.fgsm, draw)
+    >>> x, y = jnp.full((3, 2), 0.5), jnp.zeros(3, int)
+    >>> moved = attack(jax.random.key(0), lambda x: x, x, y).image - x
+    >>> len({round(size, 4) for size in abs(moved[:, 0]).tolist()})
+    3
+  """
+
+  def attack(key, predict, x, y):
+    def one(key, x, y):
+      draw_key, key = jax.random.split(key)
+      alone = jax.tree.map(lambda leaf: leaf[None], (x, y))
+      run = make(**sample_hparams(draw_key))
+      result = run(key[None], predict, *alone)
+      losses = jnp.moveaxis(result.losses, 1, 0)
+      return jax.tree.map(lambda leaf: leaf[0], result._replace(losses=losses))
+
+    result = jax.vmap(one)(example_keys(key, len(x)), x, y)
+    return result._replace(losses=jnp.moveaxis(result.losses, 0, 1))
 
   return attack
 

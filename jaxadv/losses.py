@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import inputs, masks
+from jaxadv import inputs
+from jaxadv import pointwise as pw
 from jaxadv.similarity import (
   band_energy,
   feature_cosine,
@@ -24,7 +25,7 @@ from jaxadv.similarity import (
   low_frequency_energy,
   squared_l2,
 )
-from jaxadv.types import LossFn, Sample, valid_pixels
+from jaxadv.types import LossFn, Sample, decided, valid_pixels
 
 __all__ = [
   "active_margin",
@@ -41,6 +42,7 @@ __all__ = [
   "jensen_shannon",
   "kl_to_target",
   "label_margin",
+  "label_ranking",
   "low_frequency_energy",
   "margin",
   "mask_logits",
@@ -63,18 +65,18 @@ def cross_entropy(sample: Sample) -> jax.Array:
     >>> print(cross_entropy(_example([0.0, 0.0], 1)).round(4))
     0.6931
   """
-  return _mean(_cross_entropies(sample), sample)
+  return pw.mean(pw.cross_entropies(sample), sample)
 
 
 def masked_cross_entropy(sample: Sample) -> jax.Array:
   """Mean of `1[argmax = y] CE`: the masked loss of SEA (arXiv 2306.12941)."""
-  return _mean(_cross_entropies(sample) * ~_wrong(sample), sample)
+  return pw.mean(pw.cross_entropies(sample) * ~pw.wrong(sample), sample)
 
 
 def binary_cross_entropy(sample: Sample) -> jax.Array:
   """Mean over labels of `-log sigmoid((2y - 1) z)`. Logits and labels `(L,)`."""
-  z, label = _logits(sample), sample.target["label"]
-  return _mean(optax.sigmoid_binary_cross_entropy(z, label), sample)
+  z, label = pw.logits(sample), sample.target["label"]
+  return pw.mean(optax.sigmoid_binary_cross_entropy(z, label), sample)
 
 
 def task_loss(sample: Sample) -> jax.Array:
@@ -84,7 +86,7 @@ def task_loss(sample: Sample) -> jax.Array:
     >>> print(task_loss(_example([0.0, 0.0], 1)), task_loss(_example([0.0], [1])))
     0.6931472 0.6931472
   """
-  return (binary_cross_entropy if _is_label_set(sample) else cross_entropy)(sample)
+  return pw.mean(pw.log_losses(sample), sample)
 
 
 def label_margin(
@@ -108,9 +110,37 @@ def label_margin(
     >>> label_margin(_example([2.0, -1.0], [1, 0])).item()
     -1.5
   """
-  above = _logits(sample) - threshold
+  above = pw.logits(sample) - threshold
   margins = jnp.where(sample.target["label"], above, -above)
-  return _mean(-jnp.maximum(margins, -slack), sample)
+  return pw.mean(-jnp.maximum(margins, -slack), sample)
+
+
+def label_ranking(sample: Sample, *, slack: float | jax.Array = jnp.inf) -> jax.Array:
+  """How far the highest absent label stands above the lowest present one.
+
+  `min(max_{y_j = 0} z_j - min_{y_j = 1} z_j, slack)` over the valid labels; 0 where all
+  are present or all absent. Positive once the order of the findings is wrong somewhere,
+  which no threshold repairs.
+
+  Args:
+    sample: logits and labels `(L,)`.
+    slack: how far beyond the tie it is raised, >= 0.
+
+  Returns:
+    A scalar, at most `slack`.
+
+  Example:
+    >>> label_ranking(_example([2.0, -1.0, 0.5], [1, 0, 0])).item()
+    -1.5
+
+  Differs from MLAP, whose Rank attacks sort wanted labels: those are `negate` of this.
+  """
+  z, label, valid = pw.logits(sample), sample.target["label"], valid_pixels(sample)
+  present, absent = valid & (label == 1), valid & (label == 0)
+  highest = jnp.where(absent, z, -jnp.inf).max()
+  lowest = jnp.where(present, z, jnp.inf).min()
+  gap = jnp.where(present.any() & absent.any(), highest - lowest, 0.0)
+  return jnp.minimum(gap, slack)
 
 
 def smoothed_agreement(
@@ -152,19 +182,21 @@ def smoothed_agreement(
   """
   inputs.check_choice("reference", reference, ("soft", "hard"))
   inputs.check_feature("smoothed_logits", sample.features)
-  z, sign = _logits(sample), -1 if targeted else 1
+  z, sign = pw.logits(sample), -1 if targeted else 1
   twin = jax.lax.stop_gradient(sample.features["smoothed_logits"].astype(z.dtype))
   if reference == "hard":
     weight = jnp.where(sample.progress == 0, 0, weight)
-  if _is_label_set(sample):
+  if pw.is_label_set(sample):
     q = jax.nn.sigmoid(twin) if reference == "soft" else twin > 0
     y = jnp.asarray(sample.target["label"], z.dtype)
     on, off = sign * y - weight * q, sign * (1 - y) - weight * (1 - q)
-    return _mean(-on * jax.nn.log_sigmoid(z) - off * jax.nn.log_sigmoid(-z), sample)
+    return pw.mean(-on * jax.nn.log_sigmoid(z) - off * jax.nn.log_sigmoid(-z), sample)
   one_hot = functools.partial(jax.nn.one_hot, num_classes=z.shape[-1], dtype=z.dtype)
   q = jax.nn.softmax(twin) if reference == "soft" else one_hot(jnp.argmax(twin, -1))
-  agreement = (q * _gaps(sample)).sum(-1, where=~_one_hot(sample))
-  return _mean((sign - weight) * _cross_entropies(sample) + weight * agreement, sample)
+  agreement = (q * pw.gaps(sample)).sum(-1, where=~pw.one_hot(sample))
+  return pw.mean(
+    (sign - weight) * pw.cross_entropies(sample) + weight * agreement, sample
+  )
 
 
 def jensen_shannon(sample: Sample) -> jax.Array:
@@ -176,24 +208,33 @@ def jensen_shannon(sample: Sample) -> jax.Array:
     >>> round(float(jensen_shannon(_example([1.0, 0.0], 1))), 6)
     0.365432
   """
-  p = jax.nn.softmax(_logits(sample))
-  truth = _one_hot(sample).astype(p.dtype)
+  p = jax.nn.softmax(pw.logits(sample))
+  truth = pw.one_hot(sample).astype(p.dtype)
   middle = (p + truth) / 2
   # rel_entr is 0 at 0, where the logarithm is not finite
   terms = jax.scipy.special.rel_entr(p, middle) - truth * jnp.log(
     jnp.where(truth > 0, middle, 1)
   )
-  return _mean(terms.sum(-1) / 2, sample)
+  return pw.mean(terms.sum(-1) / 2, sample)
 
 
 def margin(sample: Sample) -> jax.Array:
   """Mean of `max_{k != y} z_k - z_y`; positive where the decision is not the label.
 
+  Of a label set `max_j (1 - 2 y_j) z_j` over the valid labels: positive where any of
+  them is flipped. For as many flipped labels as possible see `label_margin`.
+
   Example:
     >>> margin(_example([3.0, 1.0, 0.5], 0)).item()
     -2.0
+    >>> margin(_example([3.0, -1.0], [1, 0])).item()
+    -1.0
   """
-  return _mean(-_margins(sample), sample)
+  if not pw.is_label_set(sample):
+    return pw.mean(-pw.margins(sample), sample)
+  z, valid = pw.logits(sample), valid_pixels(sample)
+  against = jnp.where(sample.target["label"] == 1, -z, z)
+  return jnp.where(valid.any(), jnp.where(valid, against, -jnp.inf).max(), 0.0)
 
 
 def dlr(sample: Sample) -> jax.Array:
@@ -215,11 +256,11 @@ def dlr(sample: Sample) -> jax.Array:
 
   Reference: Croce and Hein, ICML 2020, arXiv 2003.01690.
   """
-  z = _logits(sample)
+  z = pw.logits(sample)
   if z.shape[-1] > 2:
     ordered = jnp.sort(z, -1)
-    return _mean(
-      -_margins(sample) / (ordered[..., -1] - ordered[..., -3] + 1e-12), sample
+    return pw.mean(
+      -pw.margins(sample) / (ordered[..., -1] - ordered[..., -3] + 1e-12), sample
     )
   if "logits" not in sample.target:
     raise ValueError(
@@ -227,8 +268,8 @@ def dlr(sample: Sample) -> jax.Array:
       "Write Objective(..., prepare=targets.clean_logits)."
     )
   clean = sample.target["logits"]
-  size = _mean(jnp.abs(clean[..., 1] - clean[..., 0]), sample)
-  return -_mean(_margins(sample), sample) / (size + 1e-12)
+  size = pw.mean(jnp.abs(clean[..., 1] - clean[..., 0]), sample)
+  return -pw.mean(pw.margins(sample), sample) / (size + 1e-12)
 
 
 def dlr_targeted(sample: Sample) -> jax.Array:
@@ -242,26 +283,25 @@ def dlr_targeted(sample: Sample) -> jax.Array:
 
   Reference: Croce and Hein, ICML 2020, arXiv 2003.01690.
   """
-  z = _logits(sample)
+  z = pw.logits(sample)
   if z.shape[-1] < 4:
     raise ValueError(
       f"dlr_targeted needs 4 classes, got {z.shape[-1]}; use negate(dlr) instead."
     )
   ordered = jnp.sort(z, -1)
   source = jnp.argmax(sample.target["logits"], -1)
-  gap = _pick(z, source) - _pick(z, sample.target["label"])
+  gap = pw.pick(z, source) - pw.pick(z, sample.target["label"])
   scale = ordered[..., -1] - (ordered[..., -3] + ordered[..., -4]) / 2
-  return _mean(-gap / (scale + 1e-12), sample)
+  return pw.mean(-gap / (scale + 1e-12), sample)
 
 
 def kl_to_target(sample: Sample) -> jax.Array:
-  """Mean `KL(q || p)` from the distribution `q = softmax(target["logits"])`.
+  """Mean `KL(q || p)` from the prediction `q` made of `target["logits"]`.
 
-  With `targets.clean_logits`, the inner loss of TRADES (arXiv 1901.08573).
+  One distribution per class decision, or one Bernoulli per label of a set. With
+  `targets.clean_logits`, the inner loss of TRADES (arXiv 1901.08573).
   """
-  q = jax.nn.softmax(sample.target["logits"].astype(jnp.result_type(float)))
-  log_p = jax.nn.log_softmax(_logits(sample))
-  return _mean((jax.scipy.special.xlogy(q, q) - q * log_p).sum(-1), sample)
+  return pw.mean(pw.divergences(sample), sample)
 
 
 def seg_pgd(sample: Sample, *, targeted: bool = False) -> jax.Array:
@@ -274,9 +314,9 @@ def seg_pgd(sample: Sample, *, targeted: bool = False) -> jax.Array:
   Reference: Gu et al., ECCV 2022, arXiv 2207.12391; as in the CosPGD paper and code.
   """
   late = sample.progress / 2
-  wrong = _wrong(sample)
+  wrong = pw.wrong(sample)
   weight = jnp.where(wrong != targeted, late, 1 - late)
-  return _mean(weight * _cross_entropies(sample), sample)
+  return pw.mean(weight * pw.cross_entropies(sample), sample)
 
 
 def cos_pgd(sample: Sample, *, targeted: bool = False) -> jax.Array:
@@ -288,10 +328,10 @@ def cos_pgd(sample: Sample, *, targeted: bool = False) -> jax.Array:
 
   Reference: Agnihotri et al., ICML 2024, arXiv 2302.02213.
   """
-  p = jax.nn.softmax(_logits(sample))
-  cosine = _pick(p, sample.target["label"]) / jnp.sqrt(jnp.square(p).sum(-1))
+  p = jax.nn.softmax(pw.logits(sample))
+  cosine = pw.pick(p, sample.target["label"]) / jnp.sqrt(jnp.square(p).sum(-1))
   weight = jax.lax.stop_gradient(1 - cosine if targeted else cosine)
-  return _mean(weight * _cross_entropies(sample), sample)
+  return pw.mean(weight * pw.cross_entropies(sample), sample)
 
 
 def mask_logits(sample: Sample) -> jax.Array:
@@ -301,18 +341,18 @@ def mask_logits(sample: Sample) -> jax.Array:
 
   Reference: Ozbulak et al., MICCAI 2019, arXiv 1907.13124.
   """
-  wanted = _pick(_logits(sample), sample.target["label"])
-  return jnp.where(_wrong(sample), wanted, 0).sum()
+  wanted = pw.pick(pw.logits(sample), sample.target["label"])
+  return jnp.where(pw.wrong(sample), wanted, 0).sum()
 
 
 def active_margin(sample: Sample) -> jax.Array:
   """Mean of `z_y - max_{c != y} z_c` over the pixels not yet at their target, or 0."""
-  return mask_margin(sample) / jnp.maximum(_wrong(sample).sum(), 1)
+  return mask_margin(sample) / jnp.maximum(pw.wrong(sample).sum(), 1)
 
 
 def mask_margin(sample: Sample) -> jax.Array:
   """`sum z_y - max_{c != y} z_c` over the pixels not yet at their target."""
-  return jnp.where(_wrong(sample), _margins(sample), 0).sum()
+  return jnp.where(pw.wrong(sample), pw.margins(sample), 0).sum()
 
 
 def negate(loss: LossFn) -> LossFn:
@@ -327,73 +367,13 @@ def cap(loss: LossFn, beta: float) -> LossFn:
 
 def until_fooled(loss: LossFn) -> LossFn:
   """The loss of examples whose decision is still the label; 0 for the others."""
-  return lambda sample: jnp.where(_wrong(sample).any(), 0.0, loss(sample))
+  return lambda sample: jnp.where(pw.wrong(sample).any(), 0.0, loss(sample))
 
 
 def until_reached(loss: LossFn) -> LossFn:
   """The loss of examples whose decision is not the target yet; 0 for the others."""
-  return lambda sample: jnp.where(_wrong(sample).any(), loss(sample), 0.0)
-
-
-def _logits(sample):
-  return sample.logits.astype(jnp.result_type(float))
-
-
-def _one_hot(sample):
-  classes = jnp.arange(sample.logits.shape[-1])
-  label = jnp.asarray(sample.target["label"])
-  return label[..., None] == classes.reshape((1,) * label.ndim + (-1,))
-
-
-def _pick(z, index):
-  """`z[..., index]` without a gather, whose gradient would be a slow scatter on CPU."""
-  index = jnp.asarray(index)
-  if index.ndim != z.ndim - 1:
-    raise ValueError(
-      f"this loss is one of classes, and the label {index.shape} is no class index for "
-      f"logits {z.shape}; write loss=losses.task_loss, or binary_cross_entropy, for "
-      "label sets."
-    )
-  classes = jnp.arange(z.shape[-1]).reshape((1,) * index.ndim + (-1,))
-  return jnp.where(index[..., None] == classes, z, 0).sum(-1)
-
-
-def _gaps(sample):
-  """`z_k - z_y`, exactly 0 at the label."""
-  z = _logits(sample)
-  return z - _pick(z, sample.target["label"])[..., None]
-
-
-def _rivals(sample):
-  return jnp.where(_one_hot(sample), -jnp.inf, _gaps(sample))
-
-
-def _margins(sample):
-  return -_rivals(sample).max(-1)
-
-
-def _cross_entropies(sample):
-  # the gradient of `logsumexp(z) - z_y` has `p_y - 1` in it, 0 in float32 once the
-  # label leads by 17: a sign step then follows one class and not the difference of two
-  return jax.nn.softplus(jax.nn.logsumexp(_rivals(sample), -1))
-
-
-def _is_label_set(sample):
-  return jnp.shape(sample.target["label"]) == sample.logits.shape
-
-
-def _wrong(sample):
-  """Where a valid decision differs from the label."""
-  label = sample.target["label"]
-  return (masks.decision(sample.logits, label) != label) & valid_pixels(sample)
-
-
-def _mean(values, sample):
-  valid = valid_pixels(sample)
-  return jnp.where(valid, values, 0).sum() / jnp.maximum(valid.sum(), 1)
+  return lambda sample: jnp.where(pw.wrong(sample).any(), loss(sample), 0.0)
 
 
 def _example(logits, label):
-  """A sample with nothing but logits and a label, for the examples above."""
-  empty, target = jnp.zeros(()), {"label": jnp.asarray(label)}
-  return Sample(empty, empty, empty, jnp.asarray(logits), {}, target, empty)
+  return decided(jnp.asarray(logits), jnp.asarray(label))

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["auroc", "classification", "label_sets", "quadratic_kappa"]
+__all__ = [
+  "auroc",
+  "classification",
+  "decisions",
+  "flipped_labels",
+  "label_sets",
+  "quadratic_kappa",
+]
 
 
 def classification(
@@ -57,39 +64,123 @@ def classification(
 
 
 def label_sets(
-  logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+  logits: np.ndarray,
+  labels: np.ndarray,
+  class_names: Sequence[str],
+  *,
+  threshold: float = 0.5,
+  valid: np.ndarray | None = None,
 ) -> dict[str, Any]:
-  """Scores of any number of findings per image, each decided by the sign of its logit.
+  """Scores of any number of findings per image, each decided by its probability.
 
   Args:
     logits: `(N, L)` float.
     labels: `(N, L)` of 0 and 1.
     class_names: L names.
+    threshold: probability above which a finding is reported, in (0, 1).
+    valid: `(N, L)` bool, labels that are known; all by default.
 
   Returns:
-    `auroc` and `accuracy`, means over the findings, `images`, and for each name in
+    `auroc` and `accuracy`, means over the findings; `exact_match`, the share of images
+    whose known labels are all right; `images`, `threshold`, and for each name in
     `classes` its `auroc`, `accuracy` and `positives`.
+
+  Raises:
+    ValueError: for a threshold outside (0, 1).
 
   Example:
     >>> report = label_sets(np.array([[1.0], [-1.0]]), np.array([[1], [0]]), ["mass"])
     >>> report["auroc"], report["classes"]["mass"]["positives"]
     (1.0, 1)
   """
-  right = ((logits > 0) == labels).mean(0)
-  areas = [_known(auroc(z, y)) for z, y in zip(logits.T, labels.T == 1, strict=True)]
+  labels, valid = np.asarray(labels) == 1, _valid(valid, labels)
+  right = (decisions(logits, threshold) == labels) | ~valid
+  classes = {}
+  for k, name in enumerate(class_names):
+    known = valid[:, k]
+    classes[name] = {
+      "auroc": _known(auroc(np.asarray(logits)[known, k], labels[known, k])),
+      "accuracy": _share(right[known, k]),
+      "positives": int(labels[known, k].sum()),
+    }
   return {
-    "auroc": _mean(areas),
-    "accuracy": float(right.mean()),
+    "auroc": _mean([found["auroc"] for found in classes.values()]),
+    "accuracy": _mean([found["accuracy"] for found in classes.values()]),
+    "exact_match": _share(right.all(1)),
     "images": len(labels),
-    "classes": {
-      name: {
-        "auroc": areas[k],
-        "accuracy": float(right[k]),
-        "positives": int(labels[:, k].sum()),
-      }
-      for k, name in enumerate(class_names)
-    },
+    "threshold": threshold,
+    "classes": classes,
   }
+
+
+def flipped_labels(
+  clean: np.ndarray,
+  attacked: np.ndarray,
+  labels: np.ndarray,
+  class_names: Sequence[str],
+  *,
+  threshold: float = 0.5,
+  valid: np.ndarray | None = None,
+) -> dict[str, Any]:
+  """What an attack does to the findings: those that change, vanish and appear.
+
+  Missed findings and false alarms differ for a patient, so they are counted apart.
+
+  Args:
+    clean: `(N, L)` logits of the clean images.
+    attacked: `(N, L)` logits of the attacked ones.
+    labels: `(N, L)` of 0 and 1.
+    class_names: L names.
+    threshold: as for `label_sets`.
+    valid: as for `label_sets`.
+
+  Returns:
+    `fooling`, the share of known labels decided otherwise than on the clean image;
+    `any_flipped`, the share of images with one of these; `hidden`, of the present
+    findings that were reported those that no longer are; `invented`, of the absent
+    ones that were not reported those that now are; and for each name in `classes` its
+    `fooling`, `hidden` and `invented`. `None` where there is nothing to count.
+
+  Raises:
+    ValueError: for a threshold outside (0, 1).
+
+  Example:
+    >>> clean, attacked = np.array([[2.0, -1.0]]), np.array([[-1.0, -2.0]])
+    >>> report = flipped_labels(clean, attacked, np.array([[1, 0]]), ["mass", "node"])
+    >>> report["fooling"], report["hidden"], report["invented"]
+    (0.5, 1.0, 0.0)
+  """
+  before, after = (decisions(logits, threshold) for logits in (clean, attacked))
+  truth, valid = np.asarray(labels) == 1, _valid(valid, labels)
+
+  def rates(columns):
+    took, gave, known = (v[:, columns] for v in (before, after, valid))
+    present = truth[:, columns]
+    return {
+      "fooling": _share((took != gave)[known]),
+      "hidden": _share(~gave[known & present & took]),
+      "invented": _share(gave[known & ~present & ~took]),
+    }
+
+  found = rates(slice(None))
+  found["any_flipped"] = _share(((before != after) & valid).any(1))
+  found["classes"] = {name: rates([k]) for k, name in enumerate(class_names)}
+  return found
+
+
+def decisions(logits: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+  """Which findings are reported: `sigmoid(z) > threshold`.
+
+  Raises:
+    ValueError: for a threshold outside (0, 1).
+
+  Example:
+    >>> decisions(np.array([0.5, 2.0]), 0.7).tolist()
+    [False, True]
+  """
+  if not 0 < threshold < 1:
+    raise ValueError(f"`threshold` is {threshold}; write a probability, such as 0.5.")
+  return np.asarray(logits) > np.log(threshold / (1 - threshold))
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -144,6 +235,14 @@ def quadratic_kappa(table: np.ndarray) -> float:
 def _odds(logits, k):
   """Log-odds of class `k`: in the order of its probability, but never saturated."""
   return logits[:, k] - np.logaddexp.reduce(np.delete(logits, k, 1), axis=1)
+
+
+def _valid(valid, labels):
+  return np.ones(np.shape(labels), bool) if valid is None else np.asarray(valid, bool)
+
+
+def _share(hits):
+  return float(np.mean(hits)) if np.size(hits) else None
 
 
 def _known(value):

@@ -27,39 +27,57 @@ __all__ = [
 
 
 def predictions(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
-  """The model's own clean decision as label; the truth in `y` is not read.
+  """The model's own clean decision as label; of the truth in `y` only the rank is read.
 
-  Where `y` holds that decision already, as `y["decision"]`, no forward pass is spent.
+  Labels `(B, L)` beside logits `(B, L)` mean one yes or no per label, anything else, or
+  none at all, means classes. Where `y` holds the decision already, as `y["decision"]`,
+  no forward pass is spent. A `y["mask"]` of what counts stays.
 
   Example:
     >>> predictions(lambda x: x, jnp.array([[0.1, 0.9]]), None)["label"].tolist()
     [1]
+    >>> x = jnp.array([[0.1, -0.9]])
+    >>> predictions(lambda x: x, x, jnp.array([[0, 0]]))["label"].tolist()
+    [[1, 0]]
   """
-  if isinstance(y, Mapping) and "decision" in y:
-    return {"label": y["decision"]}
-  return {"label": jnp.argmax(call(predict, x)[0], -1)}
+  given = y if isinstance(y, Mapping) else {}
+  kept = {name: given[name] for name in ("mask",) if name in given}
+  if "decision" in given:
+    return kept | {"label": given["decision"]}
+  return kept | {"label": _decision(call(predict, x)[0], y)}
 
 
 def least_likely(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
   """The class with the smallest clean logit, per image or per pixel.
 
+  Of labels `(B, L)`, see `predictions`, the opposite of what is decided.
+
   Example:
     >>> least_likely(lambda x: x, jnp.array([[0.1, 0.9]]), None)["label"].tolist()
     [0]
+    >>> x = jnp.array([[0.1, -0.9]])
+    >>> least_likely(lambda x: x, x, jnp.array([[0, 0]]))["label"].tolist()
+    [[0, 1]]
   """
-  del y
-  return {"label": jnp.argmin(call(predict, x)[0], -1)}
+  return {"label": _decision(-call(predict, x)[0], y)}
 
 
 def constant(k: int | jax.Array) -> PrepareFn:
-  """Class `k` for every image and pixel; a traced `k` is not checked.
+  """Class `k` for every image and pixel, or a set of L labels for every image.
+
+  Args:
+    k: the index of a class, or `(L,)` of 0 and 1; if traced it is not checked.
 
   Raises:
     TypeError: for a `k` that is no integer.
+    ValueError: for a class or a number of labels that the model does not have.
 
   Example:
     >>> constant(1)(lambda x: x, jnp.zeros((3, 2)), None)["label"].tolist()
     [1, 1, 1]
+    >>> hide_all = constant(jnp.zeros(2, int))
+    >>> hide_all(lambda x: x, jnp.ones((2, 2)), None)["label"].tolist()
+    [[0, 0], [0, 0]]
   """
   if isinstance(k, bool) or not jnp.issubdtype(jnp.result_type(k), jnp.integer):
     raise TypeError(f"target is {k!r}; write the index of a class, such as 0.")
@@ -67,9 +85,15 @@ def constant(k: int | jax.Array) -> PrepareFn:
   def prepare(predict, x, y):
     del y
     logits = jax.eval_shape(lambda image: call(predict, image)[0], x)
+    shape = logits.shape if jnp.ndim(k) else logits.shape[:-1]
+    if jnp.ndim(k) and jnp.shape(k) != logits.shape[1:]:
+      raise ValueError(
+        f"the target has labels {jnp.shape(k)}, and the logits are {logits.shape}; "
+        "write one 0 or 1 for each label of the model."
+      )
     if not isinstance(k, jax.core.Tracer):
-      inputs.check_classes({"label": np.full(logits.shape[:-1], k)}, logits)
-    return {"label": jnp.full(logits.shape[:-1], k)}
+      inputs.check_classes({"label": np.broadcast_to(k, shape)}, logits)
+    return {"label": jnp.broadcast_to(k, shape)}
 
   return prepare
 
@@ -185,6 +209,13 @@ def gradient_weights(loss: LossFn, prepare: PrepareFn = labels) -> PrepareFn:
     return target | {"weights": jnp.where(norms > 0, 1 / norms, 0.0)}
 
   return weigh
+
+
+def _decision(logits, y):
+  label = y["label"] if isinstance(y, Mapping) and "label" in y else y
+  if label is None or isinstance(label, Mapping) or jnp.ndim(label) != logits.ndim:
+    return jnp.argmax(logits, -1)
+  return (logits > 0).astype(jnp.int32)
 
 
 def _recompose(feature, owned, wanted):

@@ -14,21 +14,43 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv.types import AttackFn
+from jaxadv import inputs
+from jaxadv.outer_losses import (
+  ExampleLoss,
+  OuterLoss,
+  binary_cross_entropy,
+  cross_entropy,
+  dice_cross_entropy,
+  focal,
+  mean_cross_entropy,
+  mean_over_views,
+  misclassification_aware,
+  soft_dice,
+  trades,
+)
+from jaxadv.types import AttackFn, Threat
 
 __all__ = [
   "ApplyFn",
   "AugmentFn",
+  "ExampleLoss",
+  "FreeState",
   "OuterLoss",
   "TrainState",
   "adversarial_step",
+  "adversarial_weights",
   "binary_cross_entropy",
   "cross_entropy",
   "dice_cross_entropy",
   "flips",
+  "focal",
+  "free_step",
   "init_state",
+  "mean_cross_entropy",
   "mean_over_views",
+  "misclassification_aware",
   "soft_dice",
+  "trades",
   "train_step",
 ]
 
@@ -36,12 +58,11 @@ Array = jax.Array
 Batch = Mapping[str, Any]
 # (params, extra, images (B, ...), train) -> (logits (B, ...), extra)
 ApplyFn = Callable[[Any, Any, Array, bool], tuple[Array, Any]]
-# ONE example: (logits, label) -> scalar to lower
-ExampleLoss = Callable[[Array, Array], Array]
 # ONE example: (key, image, label) -> (image, label)
 AugmentFn = Callable[[Array, Array, Array], tuple[Array, Array]]
-# ONE example: (logits (V, ...) of its V views, label) -> scalar to lower
-OuterLoss = Callable[[Array, Array], Array]
+
+# (params, gradient of the loss) -> params where the step's gradient is taken
+WeightAttack = Callable[[Any, Any], Any]
 
 _VIEW_STREAM = 2**32 - 1  # no step is that late: augmentations never draw these keys
 
@@ -74,83 +95,6 @@ def init_state(
     0
   """
   return TrainState(jnp.int32(0), params, extra, tx.init(params), key)
-
-
-def cross_entropy(logits: Array, label: Array) -> Array:
-  """Softmax cross-entropy of ONE example, averaged over its pixels if it has any.
-
-  Args:
-    logits: `(K,)` or `(..., K)` float.
-    label: `()` or `(...)` int in [0, K).
-
-  Returns:
-    A float32 scalar.
-
-  Example:
-    >>> print(cross_entropy(jnp.zeros((5, 5, 2)), jnp.ones((5, 5), int)).round(4))
-    0.6931
-  """
-  logits = logits.astype(jnp.float32)
-  return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
-
-
-def binary_cross_entropy(logits: Array, label: Array) -> Array:
-  """Sigmoid cross-entropy of ONE label set, averaged over its findings.
-
-  Args:
-    logits: `(L,)` float.
-    label: `(L,)` of 0 and 1.
-
-  Returns:
-    A float32 scalar.
-
-  Example:
-    >>> print(binary_cross_entropy(jnp.zeros(3), jnp.array([0, 1, 1])).round(4))
-    0.6931
-  """
-  logits = logits.astype(jnp.float32)
-  return optax.sigmoid_binary_cross_entropy(logits, label).mean()
-
-
-def soft_dice(logits: Array, label: Array, *, smooth: float = 1.0) -> Array:
-  """One minus the soft Dice overlap of ONE mask, averaged over the foreground classes.
-
-      1 - (2 <p, q> + smooth) / (|p|_1 + |q|_1 + smooth)
-
-  with `p` the softmax probabilities and `q` the one-hot label of one class.
-
-  Args:
-    logits: `(..., K)` float; class 0 is the background.
-    label: `(...)` int in [0, K).
-    smooth: keeps an empty class harmless.
-
-  Returns:
-    A float32 scalar in [0, 1].
-
-  Example:
-    >>> label = jnp.array([[0, 1], [1, 1]])
-    >>> print(soft_dice(100 * jax.nn.one_hot(label, 2), label).round(4))
-    0.0
-
-  Reference: Milletari et al., V-Net, arXiv:1606.04797 (there with squared terms).
-  """
-  probability = jax.nn.softmax(logits.astype(jnp.float32))[..., 1:]
-  wanted = jax.nn.one_hot(label, logits.shape[-1])[..., 1:]
-  pixels = tuple(range(label.ndim))
-  overlap = (probability * wanted).sum(pixels)
-  size = probability.sum(pixels) + wanted.sum(pixels)
-  return 1 - ((2 * overlap + smooth) / (size + smooth)).mean()
-
-
-def dice_cross_entropy(logits: Array, label: Array) -> Array:
-  """`soft_dice + cross_entropy` of ONE mask: the usual segmentation loss.
-
-  Example:
-    >>> label = jnp.array([[0, 1], [1, 1]])
-    >>> print(dice_cross_entropy(jnp.zeros((2, 2, 2)), label).round(4))
-    1.0265
-  """
-  return soft_dice(logits, label) + cross_entropy(logits, label)
 
 
 def flips(key: Array, image: Array, label: Array) -> tuple[Array, Array]:
@@ -225,6 +169,7 @@ def adversarial_step(
   outer: OuterLoss,
   *,
   augment: AugmentFn | None = None,
+  weights: WeightAttack | None = None,
   axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """One optimizer step on several views of the images, each made by an attack.
@@ -242,6 +187,8 @@ def adversarial_step(
     outer: one example's `(logits (V, ...), label) -> scalar`, such as
       `mean_over_views(cross_entropy)`.
     augment: as for `train_step`; comes before the views.
+    weights: where the gradient of the step is taken instead of at the parameters, such
+      as `adversarial_weights()`; costs one more forward and backward pass.
     axis_name: of the mapped axis of devices, under `pmap`.
 
   Returns:
@@ -275,7 +222,11 @@ def adversarial_step(
       losses = jax.vmap(outer, (1, 0))(logits, label)
       return (weight * losses).sum() / jnp.maximum(total, 1e-6), extra
 
-    (value, extra), grad = jax.value_and_grad(cost, has_aux=True)(state.params)
+    place = state.params
+    if weights is not None:
+      ascent = jax.grad(cost, has_aux=True)(place)[0]
+      place = weights(place, _sum(ascent, axis_name))
+    (value, extra), grad = jax.value_and_grad(cost, has_aux=True)(place)
     value, grad = _sum((value, grad), axis_name)
     if axis_name is not None:
       extra = jax.lax.pmean(extra, axis_name)
@@ -287,18 +238,115 @@ def adversarial_step(
   return step
 
 
-def mean_over_views(loss: ExampleLoss) -> OuterLoss:
-  """The mean of a loss over the views of ONE example.
+def adversarial_weights(gamma: float | Array = 0.005) -> WeightAttack:
+  """AWP: weights moved up the loss, each tensor by a share of its own norm.
+
+      w + gamma * ||w|| g / ||g||    for tensors with more than one axis
+
+  Args:
+    gamma: 0.01 for adversarial training, 0.005 for TRADES and MART.
+
+  Returns:
+    `(params, gradient) -> params`, for `adversarial_step(weights=...)`.
+
+  Raises:
+    ValueError: for a negative `gamma`.
 
   Example:
-    >>> print(mean_over_views(cross_entropy)(jnp.zeros((4, 2)), jnp.int32(1)).round(4))
-    0.6931
+    >>> moved = adversarial_weights()(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 2.0]]))
+    >>> print(moved)
+    [[3.    4.025]]
+
+  Differs from the released code, which walks a copy of the model by a step of SGD and
+  takes the difference: of its length, and of the step, nothing is left after scaling.
+
+  Reference: Wu, Xia, Wang, NeurIPS 2020, arXiv 2004.05884.
+  """
+  inputs.check_positive("gamma", gamma)
+
+  def move(w, g):
+    if w.ndim < 2:
+      return w
+    tiny = jnp.finfo(w.dtype).tiny
+    return w + gamma * g * (_norm(w) / jnp.maximum(_norm(g), tiny))
+
+  return lambda params, gradient: jax.tree.map(move, params, gradient)
+
+
+class FreeState(NamedTuple):
+  """A training state, and the perturbation of every place of the batch.
+
+  Attributes:
+    train: of the model.
+    delta: `(B, ..., C)`, carried from batch to batch.
   """
 
-  def outer(logits, label):
-    return jax.vmap(loss, (0, None))(logits, label).mean()
+  train: TrainState
+  delta: Array
 
-  return outer
+
+def free_step(
+  apply: ApplyFn,
+  tx: optax.GradientTransformation,
+  threat: Threat,
+  eps: float | Array,
+  *,
+  loss: ExampleLoss = cross_entropy,
+) -> Callable[[FreeState, Batch], tuple[FreeState, dict[str, Array]]]:
+  """Free adversarial training: one backward pass moves weights and perturbations.
+
+      g_w, g_d = grad L(y, f_w(x + d))
+      w <- tx(w, g_w),   d <- project(d + eps sign g_d)
+
+  Repeat each batch, 8 times in the paper, and divide the epochs by as many.
+
+  Args:
+    apply: `(params, extra, images, train) -> (logits, extra)`.
+    tx: optax transform that lowers the loss.
+    threat: what is allowed, such as `threats.linf(eps)`.
+    eps: length of the perturbations' steps.
+    loss: one example's `(logits, label) -> scalar`.
+
+  Returns:
+    `step(state, batch) -> (state, {"loss", "grad_norm"})`; start from
+    `FreeState(init_state(...), jnp.zeros_like(images))`. All batches have one size.
+
+  Example:
+    >>> from jaxadv import threats
+    >>> apply = lambda params, extra, x, train: (x @ params, extra)
+    >>> step = free_step(apply, optax.sgd(0.1), threats.linf(0.1), 0.1)
+    >>> train = init_state(jax.random.key(0), jnp.eye(2), {}, optax.sgd(0.1))
+    >>> x = jnp.full((1, 2), 0.5)
+    >>> state, _ = step(FreeState(train, 0 * x), {"image": x, "label": jnp.array([0])})
+    >>> print(state.delta.round(2))
+    [[-0.09999999  0.09999999]]
+
+  Reference: Shafahi et al., NeurIPS 2019, arXiv 1904.12843.
+  """
+
+  def step(state: FreeState, batch: Batch) -> tuple[FreeState, dict[str, Array]]:
+    train, x, y = state.train, batch["image"], batch["label"]
+    weight = batch.get("weight", jnp.ones(len(x)))
+
+    def cost(params, delta):
+      shown = jax.vmap(threat.apply)(x, delta)
+      logits, extra = apply(params, train.extra, shown, True)
+      total = (weight * jax.vmap(loss)(logits, y)).sum()
+      return total / jnp.maximum(weight.sum(), 1e-6), extra
+
+    grads = jax.value_and_grad(cost, (0, 1), has_aux=True)
+    (value, extra), (grad, up) = grads(train.params, state.delta)
+    updates, opt_state = tx.update(grad, train.opt_state, train.params)
+    params = optax.apply_updates(train.params, updates)
+    delta = jax.vmap(threat.project)(state.delta + eps * jnp.sign(up), x)
+    train = TrainState(train.step + 1, params, extra, opt_state, train.key)
+    return FreeState(train, delta), {"loss": value, "grad_norm": optax.tree.norm(grad)}
+
+  return step
+
+
+def _norm(values):
+  return jnp.sqrt(jnp.square(values).sum())
 
 
 def _augmented(augment, state, batch):

@@ -34,6 +34,7 @@ __all__ = [
   "SuccessFn",
   "Threat",
   "call",
+  "decided",
   "example_keys",
   "fooled",
   "labels",
@@ -167,6 +168,24 @@ def reached(sample: Sample, *, threshold: float = 0.95) -> Array:
   label = sample.target["label"]
   right = masks.decision(sample.logits, label) == label
   return _finite(sample) & jnp.all(right | ~valid_pixels(sample))
+
+
+def decided(logits: Array, target: Any) -> Sample:
+  """ONE example of which only the logits are known, and the label or target of it.
+
+  Enough for every loss and criterion that reads neither images nor features.
+
+  Args:
+    logits: `(K,)`, `(..., K)` or `(L,)`.
+    target: a label, or a mapping with `"label"`.
+
+  Example:
+    >>> fooled(decided(jnp.array([0.2, 0.7]), 0)).item()
+    True
+  """
+  target = dict(target) if isinstance(target, Mapping) else {"label": target}
+  nothing = jnp.zeros(())
+  return Sample(nothing, nothing, nothing, logits, {}, target, nothing)
 
 
 def _is_mask(sample):

@@ -30,7 +30,8 @@ class Row(NamedTuple):
   Attributes:
     name: public name in `jaxadv.attacks`.
     make: `size -> Attack`; `size` may be a tracer.
-    task: `"class"`; `"mask"`; `"image"` for a mask with its target image.
+    task: `"class"`; `"set"` of labels; `"mask"`; `"image"` for a mask with its target
+      image.
     size: the number given to `make`.
     norm: of the ball of radius `size`; `None` when only the range limits it.
     bits: grid the returned image must lie on.
@@ -38,13 +39,19 @@ class Row(NamedTuple):
 
   name: str
   make: Callable[[Any], Attack]
-  task: Literal["class", "mask", "image"]
+  task: Literal["class", "set", "mask", "image"]
   size: float
   norm: Literal["linf", "l2", "l1"] | None = None
   bits: int | None = None
 
   def __str__(self) -> str:
-    return self.name + (f"-{self.norm}" if self.norm not in (None, "linf") else "")
+    norm = f"-{self.norm}" if self.norm not in (None, "linf") else ""
+    return self.name + norm + ("-labels" if self.task == "set" else "")
+
+  @property
+  def dense(self) -> bool:
+    """Whether the model decides pixel by pixel."""
+    return self.task in ("mask", "image")
 
 
 def _of(name: str, parameter: str | None = None, **options: Any) -> Callable:
@@ -78,6 +85,11 @@ ROWS = (
   Row("cos_pgd", _of("cos_pgd", num_steps=STEPS, targeted=True), "mask", 0.05, "linf"),
   Row("smia", _of("smia", num_steps=STEPS), "class", 0.05, "linf"),
   Row("smia", _of("smia", num_steps=STEPS, targeted=True), "mask", 0.05, "linf"),
+  Row("fgsm", _of("fgsm"), "set", 0.05, "linf"),
+  Row("pgd", _of("pgd", num_steps=STEPS), "set", 0.05, "linf"),
+  Row("mi_fgsm", _of("mi_fgsm", num_steps=STEPS), "set", 0.05, "linf"),
+  Row("apgd", _of("apgd", num_steps=STEPS), "set", 0.05, "linf"),
+  Row("smia", _of("smia", num_steps=STEPS), "set", 0.05, "linf"),
   Row("asma", _of("asma", "tau", beta=0.1, **_EASY), "mask", 0.02),
   Row(
     "asma_calibrated",
@@ -110,12 +122,13 @@ class Problem(NamedTuple):
 @functools.cache
 def problem(row: Row, shape: tuple[int, ...] = (8, 8), n: int = BATCH) -> Problem:
   """The fixed small problem of a row."""
-  predict = helpers.convnet(
-    classes=3 if row.task == "class" else 2, dense=row.task != "class"
-  )
+  predict = helpers.convnet(classes=2 if row.dense else 3, dense=row.dense)
   x = helpers.stripes(n, shape)
-  y = jnp.argmax(predict(x)[0], -1)
-  if row.task != "class" and row.name != "seg_pgd":
+  logits = predict(x)[0]
+  y = jnp.argmax(logits, -1)
+  if row.task == "set":
+    y = (logits > 0).astype(jnp.int32)
+  if row.dense and row.name != "seg_pgd":
     # wanted: the model's own mask with a fifth of the pixels turned over
     y = jnp.where(jnp.asarray(np.random.default_rng(3).random(y.shape) < 0.2), 1 - y, y)
   if row.task == "image":

@@ -100,3 +100,39 @@ def test_combined_attacks_keep_the_promises_of_their_parts():
   np.testing.assert_array_equal(part.success, whole.success[3:8])
   eager = attack(keys, MODEL, X, Y)
   np.testing.assert_allclose(eager.image, whole.image, atol=1e-6)
+
+
+def drawn(key):
+  eps = jax.random.uniform(key, minval=0.01, maxval=0.2)
+  return {"eps": eps, "step_size": eps / 4}
+
+
+def test_a_random_budget_attacks_each_example_with_its_own_parameters():
+  make = lambda eps, step_size: attacks.pgd(eps, step_size=step_size, num_steps=3)
+  attack = combine.random_budget(make, drawn)
+  keys = jax.random.split(KEY, len(X))
+  result = jax.jit(attack, static_argnums=1)(keys, MODEL, X, Y)
+  sizes = jnp.abs(result.image - X).max((1, 2, 3))
+  assert len(np.unique(sizes.round(4))) == len(X)
+  for i in (0, 5):
+    draw_key, key = jax.random.split(keys[i])
+    alone = make(**drawn(draw_key))(key[None], MODEL, X[i : i + 1], Y[i : i + 1])
+    for name, got, want in zip(AttackResult._fields, result, alone, strict=True):
+      got = got[:, i : i + 1] if name == "losses" else got[i : i + 1]
+      np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)
+
+
+def test_a_random_budget_compiles_one_program_for_all_draws():
+  traces = 0
+
+  def model(x):
+    nonlocal traces
+    traces += 1
+    return MODEL(x)
+
+  make = lambda eps, step_size: attacks.pgd(eps, step_size=step_size, num_steps=3)
+  run = jax.jit(lambda key: combine.random_budget(make, drawn)(key, model, X, Y).image)
+  run(KEY)
+  first = traces
+  assert (run(jax.random.key(1)) != run(KEY)).any()
+  assert traces == first

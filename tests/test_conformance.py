@@ -15,7 +15,7 @@ import jaxadv
 from jaxadv import attacks, masks
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=str)
-MASKS = [row for row in ROWS if row.task != "class"]
+MASKS = [row for row in ROWS if row.dense]
 FAR = ("cos_pgd", "smia")  # on masks: a small ball, and the threshold as it is
 
 
@@ -92,6 +92,9 @@ def test_logits_score_and_success_are_those_of_the_returned_image(row):
   decided = jnp.argmax(result.logits, -1)
   if row.task == "class":
     np.testing.assert_array_equal(result.success, decided != label)
+  elif row.task == "set":
+    flipped = (result.logits > 0) != label
+    np.testing.assert_array_equal(result.success, flipped.any(1))
   else:
     overlap = (decided & label).sum((1, 2)) / (decided | label).sum((1, 2))
     below = overlap < 0.5
@@ -105,6 +108,8 @@ def _distance_to_goal(row, task, image):
   """What every attack is for, measured without any of its losses: 0 is there."""
   logits = task.predict(image)[0]
   label = task.y["label"] if isinstance(task.y, dict) else task.y
+  if row.task == "set":
+    return float(jax.nn.sigmoid((2 * label - 1) * logits).mean())
   if row.task == "class":
     share = np.take_along_axis(np.asarray(jax.nn.softmax(logits)), label[:, None], 1)
     return float(share.mean())

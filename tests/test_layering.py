@@ -30,14 +30,17 @@ ALLOWED = {
   "types": {"masks"},
   **dict.fromkeys(PARTS, GROUND | {"types"}),
   "transforms": GROUND | {"types", "apgd"},  # which it offers as one of its own
-  "losses": GROUND | {"types", "similarity"},  # the same
+  "losses": GROUND | {"types", "similarity", "pointwise"},  # the same
+  "pointwise": GROUND | {"types"},
+  "outer_losses": GROUND | {"types", "pointwise"},
   "stepping": {"types", "inputs"},
   "engine": {"types", "inputs", "stepping"},  # the engine knows no concrete part
   "combine": {"types", "inputs"},  # and this no concrete attack
   "line_search": {"types", "inputs"},
   "stability": {"types", "engine"},  # it runs any attack of the engine
   "attacks": GROUND | PARTS | {"types", "stepping", "engine", "attacks"},
-  "training": {"types", "inputs"},
+  "training": {"types", "inputs", "outer_losses"},
+  "defences": GROUND | PARTS | {"types", "engine", "combine", "attacks", "training"},
   "augment": {"types", "training"},
   "loops": {"types"},
   "checkpoints": {"types"},

@@ -75,3 +75,65 @@ def test_sure_logits_keep_their_order():
   logits = np.array([[60.0, 0.0], [70.0, 0.0], [80.0, 0.0], [90.0, 0.0]])
   report = scores.classification(logits, np.array([1, 1, 0, 0]), NAMES[:2])
   assert report["auroc"] == 1
+
+
+def logits_of(*probabilities):
+  return special.logit(np.array(probabilities))
+
+
+TRUTH = np.array([[1, 0, 0], [0, 1, 0]])
+CLEAN = logits_of((0.8, 0.2, 0.6), (0.4, 0.9, 0.1))
+ATTACKED = logits_of((0.3, 0.2, 0.9), (0.6, 0.4, 0.1))
+
+
+@pytest.mark.parametrize(
+  ("threshold", "accuracies", "matches"),
+  [(0.5, (5 / 6, 1 / 3), (0.5, 0.0)), (0.7, (1.0, 0.5), (1.0, 0.0))],
+)
+def test_the_vector_of_label_sets(threshold, accuracies, matches):
+  for logits, accuracy, match in zip(
+    (CLEAN, ATTACKED), accuracies, matches, strict=True
+  ):
+    report = scores.label_sets(logits, TRUTH, NAMES[:3], threshold=threshold)
+    assert report["accuracy"] == pytest.approx(accuracy)
+    assert report["exact_match"] == match
+  args = CLEAN, ATTACKED, TRUTH, NAMES[:3]
+  assert scores.flipped_labels(*args, threshold=threshold)["fooling"] == 0.5
+
+
+def test_missed_findings_and_false_alarms_are_counted_apart():
+  report = scores.flipped_labels(CLEAN, ATTACKED, TRUTH, NAMES[:3])
+  assert report["hidden"] == 1.0  # both that were found
+  assert report["invented"] == pytest.approx(1 / 3)  # of none, none and severe, one
+  assert report["any_flipped"] == 1.0
+  none, mild, severe = report["classes"].values()
+  assert (none["hidden"], none["invented"]) == (1.0, 1.0)
+  assert (mild["hidden"], mild["invented"]) == (1.0, 0.0)
+  assert severe == {"fooling": 0.0, "hidden": None, "invented": 0.0}
+
+
+def test_labels_that_are_not_known_do_not_count():
+  valid = np.array([[True, True, False], [True, True, True]])
+  whole = scores.label_sets(CLEAN, TRUTH, NAMES[:3], valid=valid)
+  assert whole["exact_match"] == 1.0  # the only wrong one is not known
+  assert whole["classes"]["severe"]["auroc"] is None
+  other = np.where(valid, TRUTH, 1)
+  assert scores.label_sets(CLEAN, other, NAMES[:3], valid=valid) == whole
+  flips = scores.flipped_labels(CLEAN, ATTACKED, other, NAMES[:3], valid=valid)
+  assert flips["fooling"] == pytest.approx(3 / 5)
+
+
+def test_exact_match_and_accuracy_are_those_of_scikit_learn():
+  rng = np.random.default_rng(1)
+  logits, labels = rng.normal(size=(60, 3)), rng.integers(0, 2, (60, 3))
+  report = scores.label_sets(logits, labels, NAMES[:3], threshold=0.6)
+  decided = special.expit(logits) > 0.6
+  assert report["exact_match"] == reference.accuracy_score(labels, decided)
+  want = 1 - reference.hamming_loss(labels, decided)
+  assert report["accuracy"] == pytest.approx(want)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, np.nan])
+def test_a_threshold_that_is_no_probability_is_refused(threshold):
+  with pytest.raises(ValueError, match=r"`threshold` is .*write a probability"):
+    scores.label_sets(CLEAN, TRUTH, NAMES[:3], threshold=threshold)

@@ -217,3 +217,61 @@ def test_shards_of_a_batch_train_as_the_whole():
     params = jax.tree.map(lambda value, leaf=leaf: value[leaf], state.params)
     helpers.assert_trees_close(params, whole.params, atol=1e-6)
   np.testing.assert_allclose(parts["loss"], jnp.full(2, seen["loss"]), rtol=1e-6)
+
+
+def test_the_vector_of_free_adversarial_training():
+  with helpers.x64():
+    tx = optax.sgd(0.1)
+    model = lambda params, extra, x, train: (x[:, 0] * params, extra)
+    square = lambda logits, label: jnp.square(logits - label) / 2
+    threat = threats.linf(0.5, bounds=(-10.0, 10.0))
+    step = training.free_step(model, tx, threat, 0.5, loss=square)
+    batch = {"image": jnp.ones((1, 1)), "label": jnp.array([2])}
+    begun = training.init_state(jax.random.key(0), jnp.float64(1), {}, tx)
+    state = training.FreeState(begun, jnp.zeros((1, 1)))
+    for weight in (1.1, 1.1725):
+      state, _ = jax.jit(step)(state, batch)
+      assert state.delta.item() == -0.5
+      assert state.train.params.item() == pytest.approx(weight, abs=1e-12)
+
+
+def test_padding_moves_no_weight_and_no_perturbation_of_free_training():
+  tx, batch = optax.sgd(0.1), masks(0)
+  threat = threats.linf(0.1, bounds=(-10.0, 10.0))
+  step = training.free_step(apply, tx, threat, 0.1)
+  x = jnp.asarray(batch["image"])
+  begun = start(tx)._replace(params=jax.tree.map(lambda p: p + 0.5, start(tx).params))
+  begun.params["w"] *= jnp.array([[1, -1]])  # two classes that differ
+  state = training.FreeState(begun, jnp.zeros_like(x))
+  weight = jnp.ones(len(x)).at[0].set(0)
+  one, _ = step(state, {**batch, "weight": weight})
+  broken = x.at[0].set(0.123)
+  two, _ = step(state, {**batch, "image": broken, "weight": weight})
+  assert not one.delta[0].any()
+  assert one.delta[1:].any()
+  helpers.assert_trees_close(one.train.params, two.train.params, atol=1e-7)
+
+
+def test_the_vector_of_adversarial_weights():
+  moved = training.adversarial_weights(0.005)(
+    {"w": jnp.array([[3.0, 4.0]]), "b": jnp.ones(2)},
+    {"w": jnp.array([[0.0, 2.0]]), "b": jnp.ones(2)},
+  )
+  np.testing.assert_allclose(moved["w"], [[3.0, 4.025]], rtol=1e-6)
+  np.testing.assert_array_equal(moved["b"], 1.0)
+  still = training.adversarial_weights()(jnp.ones((2, 2)), jnp.zeros((2, 2)))
+  np.testing.assert_array_equal(still, 1.0)
+
+
+def test_the_step_is_taken_from_the_weights_with_the_gradient_beside_them():
+  tx, batch = optax.sgd(0.5), masks(0)
+  outer = training.mean_over_views(training.dice_cross_entropy)
+  begun = start(tx)._replace(params=jax.tree.map(lambda p: p + 0.5, start(tx).params))
+  beside = jax.tree.map(lambda p: p + 0.1, begun.params)
+  attack = lambda params, gradient: beside
+  step = training.adversarial_step(apply, tx, (), outer, weights=attack)
+  after, _ = step(begun, batch)
+  plain = training.adversarial_step(apply, tx, (), outer)
+  other, _ = plain(begun._replace(params=beside), batch)
+  want = jax.tree.map(lambda p, q, r: p + q - r, begun.params, other.params, beside)
+  helpers.assert_trees_close(after.params, want, atol=1e-6)

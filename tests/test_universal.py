@@ -406,11 +406,62 @@ def test_the_state_of_another_rule_is_refused():
     )
 
 
-def test_the_sequential_algorithm_is_one_of_classes():
-  uap, images = attacks.sequential_universal(0.1), helpers.stripes(4)
-  batch = {"image": images, "decision": jnp.zeros((4, 3), int)}
-  with pytest.raises(ValueError, match=r"\(4, 3\); this algorithm is one of classes"):
-    uap.step(helpers.convnet(classes=3), uap.init(KEY, images[0]), batch)
+def moved(images, delta):
+  return jnp.clip(images + delta[None], 0, 1)
+
+
+def test_one_perturbation_flips_a_label_of_most_sets():
+  images, model = helpers.stripes(32), helpers.convnet()
+  clean = model(images)[0] > 0
+  batch = {"image": images, "label": jnp.zeros((32, 3), int)}  # only its rank is read
+  state, _ = drive(attacks.universal(0.25, num_steps=10), model, batch, 10)
+  flipped = (model(moved(images, state.delta))[0] > 0) != clean
+  noise = attacks.random_universal(0.25, kind="sign").init(KEY, images[0]).delta
+  by_noise = (model(moved(images, noise))[0] > 0) != clean
+  assert flipped.any(1).mean() > max(0.7, by_noise.any(1).mean() + 0.2)
+
+
+def test_the_sequential_algorithm_takes_a_step_that_flips_a_label():
+  image, model = helpers.stripes(1), helpers.convnet()
+  label = {"label": jnp.zeros((1, 3), int)}
+  strong = attacks.pgd(0.25, num_steps=5, random_start=False)
+  for attack, taken in ((strong, 1), (attacks.fgsm(1e-4), 0)):
+    uap = attacks.sequential_universal(0.25, attack=attack)
+    state, (metrics,) = drive(uap, model, {"image": image} | label, 1)
+    now, before = (model(x)[0] > 0 for x in (moved(image, state.delta), image))
+    assert metrics["accepted"] == (now != before).any() == taken
+
+
+def test_one_perturbation_hides_every_finding():
+  images, model = helpers.stripes(32), helpers.convnet()
+  uap = attacks.targeted_universal(0.5, target=jnp.zeros(3, int), num_steps=10)
+  state, _ = drive(uap, model, {"image": images}, 10)
+  before, after = (
+    (model(moved(images, delta))[0] > 0).any(1).mean()
+    for delta in (jnp.zeros_like(state.delta), state.delta)
+  )
+  assert before > 0.8
+  assert after < 0.2
+
+
+def test_labels_that_do_not_count_are_not_fooled():
+  images, model = helpers.stripes(8), helpers.convnet()
+  batch = {"image": images, "label": jnp.zeros((8, 3), int)}
+  masked = batch | {"mask": jnp.zeros((8, 3), bool).at[:, 0].set(True)}
+  uap = attacks.universal(0.3, num_steps=5)
+  state, metrics = drive(uap, model, masked, 5)
+  first = (model(images)[0] > 0)[:, 0]
+  now = (model(moved(images, state.delta))[0] > 0)[:, 0]
+  assert 0 <= metrics[-1]["success"] <= 1
+  _, last = uap.step(model, state, masked)
+  assert last["success"] == (first != now).mean()
+
+
+def test_a_set_of_labels_for_a_model_of_classes_is_refused():
+  images = helpers.stripes(4)
+  uap = attacks.targeted_universal(0.1, target=jnp.zeros(5, int))
+  with pytest.raises(ValueError, match=r"target has labels \(5,\), and the logits are"):
+    uap.step(helpers.convnet(), uap.init(KEY, images[0]), {"image": images})
 
 
 def test_adam_and_the_masked_rule_in_place_of_the_step():

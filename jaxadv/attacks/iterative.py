@@ -30,7 +30,7 @@ def aim(loss: LossFn, targeted: bool, **parts: Any) -> Objective:
 def fgsm(
   eps: Scalar,
   *,
-  loss: LossFn = losses.cross_entropy,
+  loss: LossFn = losses.task_loss,
   targeted: bool = False,
   bounds: Bounds = (0.0, 1.0),
 ) -> Attack:
@@ -77,7 +77,7 @@ def pgd(
   step_size: Scalar | None = None,
   num_steps: int = 10,
   norm: Literal["linf", "l2", "l1"] = "linf",
-  loss: LossFn = losses.cross_entropy,
+  loss: LossFn = losses.task_loss,
   targeted: bool = False,
   random_start: bool = True,
   keep: Keep = "last",
@@ -142,7 +142,7 @@ def mi_fgsm(
   step_size: Scalar | None = None,
   num_steps: int = 10,
   decay: Scalar = 1.0,
-  loss: LossFn = losses.cross_entropy,
+  loss: LossFn = losses.task_loss,
   targeted: bool = False,
   bounds: Bounds = (0.0, 1.0),
 ) -> Attack:
@@ -191,7 +191,7 @@ def di_fgsm(
   probability: Scalar = 0.5,
   shrink: Scalar = 0.9,
   fill: Scalar = 0.0,
-  loss: LossFn = losses.cross_entropy,
+  loss: LossFn = losses.task_loss,
   targeted: bool = False,
   bounds: Bounds = (0.0, 1.0),
 ) -> Attack:
@@ -248,7 +248,7 @@ def ti_fgsm(
   decay: Scalar = 1.0,
   sigma: Scalar = 7 / 3,
   size: int = 15,
-  loss: LossFn = losses.cross_entropy,
+  loss: LossFn = losses.task_loss,
   targeted: bool = False,
   bounds: Bounds = (0.0, 1.0),
 ) -> Attack:
@@ -298,7 +298,7 @@ def apgd(
   *,
   num_steps: int = 100,
   norm: Literal["linf", "l2"] = "linf",
-  loss: LossFn = losses.cross_entropy,
+  loss: LossFn = losses.task_loss,
   targeted: bool = False,
   rho: float = 0.75,
   bounds: Bounds = (0.0, 1.0),

@@ -24,6 +24,8 @@ from jaxadv.types import (
   PrepareFn,
   Threat,
   call,
+  decided,
+  fooled,
   reached,
 )
 
@@ -101,7 +103,7 @@ def universal(
 
   Reference: Shafahi et al., AAAI 2020, arXiv 1811.11304.
   """
-  loss = losses.cap(losses.cross_entropy, 2.0) if loss is None else loss
+  loss = losses.cap(losses.task_loss, 2.0) if loss is None else loss
   return universal_attack(
     Objective(loss, prepare=prepare),
     _threat(eps, norm, bounds),
@@ -113,13 +115,13 @@ def universal(
 def targeted_universal(
   eps: Scalar,
   *,
-  target: int,
+  target: int | jax.Array,
   norm: Norm = "linf",
   step_size: Scalar | optax.Schedule | None = None,
   num_steps: int | None = None,
   decay: Scalar | None = None,
   transform: optax.GradientTransformation | None = None,
-  loss: LossFn = losses.cross_entropy,
+  loss: LossFn = losses.task_loss,
   axis_name: str | None = None,
   bounds: Bounds = (0.0, 1.0),
 ) -> Universal:
@@ -130,7 +132,7 @@ def targeted_universal(
 
   Args:
     eps: radius.
-    target: class every image is to be taken for.
+    target: class every image is to be taken for, or a set of labels `(L,)`.
     norm: of the ball.
     step_size: as for `universal`.
     num_steps: as for `universal`.
@@ -181,7 +183,7 @@ def sequential_universal(
   *,
   attack: AttackFn | None = None,
   norm: Norm = "linf",
-  target: int | None = None,
+  target: int | jax.Array | None = None,
   bounds: Bounds = (0.0, 1.0),
 ) -> Universal:
   """The published iterative algorithm: one image at a time, with an acceptance test.
@@ -197,7 +199,8 @@ def sequential_universal(
       0.0012 in [0, 1], the published 0.0024 on images in [-1, 1], whatever the norm;
       `attacks.deepfool(num_steps=10)` gives the algorithm of Moosavi-Dezfooli et al.
     norm: of the ball.
-    target: class every image is to be taken for; by default any but the clean decision.
+    target: class every image is to be taken for, or a set of labels `(L,)`; by default
+      any but the clean decision.
     bounds: valid range of images; `(-jnp.inf, jnp.inf)` is the released code, which
       never clips.
 
@@ -207,8 +210,7 @@ def sequential_universal(
     gradients that were not finite: those count as neither.
 
   Raises:
-    ValueError: for a negative radius, an unknown norm, labels outside the classes,
-      masks and label sets.
+    ValueError: for a negative radius, an unknown norm, and labels outside the classes.
 
   Example:
     >>> uap = sequential_universal(0.6, attack=fgsm(0.5))
@@ -237,38 +239,35 @@ def sequential_universal(
   )
   prepare = targets.predictions if target is None else targets.constant(target)
   start = universal_attack(Objective(losses.margin), threat, optax.identity())
-  hit = jnp.not_equal if target is None else jnp.equal
-
-  def success(logits, wish):
-    return jnp.isfinite(logits).all() & hit(jnp.argmax(logits, -1), wish)
+  judge = fooled if target is None else reached
 
   def step(predict, state, batch):
     x, y, weight, ids = stepping.parts(batch, threat)
     stepping.check_state(state, jax.eval_shape(start.init, state.key, x[0]))
-    target = prepare(predict, x, y)
-    stepping.check_target(predict, x, target)
-    wishes = _classes(target["label"])
+    wishes = prepare(predict, x, y)
+    stepping.check_target(predict, x, wishes)
     step_key = jax.random.fold_in(state.key, state.step)
 
     def visit(delta, example):
       image, wish, number, weight = example
       start = threat.apply(image, delta)[None]
       logits = call(predict, start)[0][0]
-      fooled = success(logits, wish)
+      done = judge(decided(logits, wish))
 
       def move():
         key = jax.random.fold_in(step_key, number)
-        result = attack(key, predict, start, wish[None])
+        result = attack(key, predict, start, jax.tree.map(lambda v: v[None], wish))
         moved = threat.project(delta + (result.image - start)[0], None)
-        accepted = success(result.logits[0], wish) & jnp.isfinite(moved).all()
+        there = judge(decided(result.logits[0], wish))
+        accepted = there & jnp.isfinite(moved).all()
         return jnp.where(accepted, moved, delta), accepted, result.nonfinite[0] > 0
 
       def keep():
         return delta, jnp.bool_(False), jnp.bool_(False)
 
-      moved, accepted, bad = jax.lax.cond(fooled | (weight == 0), keep, move)
+      moved, accepted, bad = jax.lax.cond(done | (weight == 0), keep, move)
       bad = (bad | ~jnp.isfinite(logits).all()) & (weight > 0)
-      return moved, (weight * fooled, weight * accepted, bad)
+      return moved, (weight * done, weight * accepted, bad)
 
     delta, seen = jax.lax.scan(visit, state.delta, (x, wishes, ids, weight))
     hits, accepted, bad = seen[0].sum(), seen[1].sum(), seen[2].sum(dtype=jnp.int32)
@@ -321,14 +320,6 @@ def random_universal(
     threat = threat._replace(init=functools.partial(_signs, eps, norm))
   objective = Objective(losses.cross_entropy, prepare=targets.predictions)
   return universal_attack(objective, threat, optax.set_to_zero(), random_start=True)
-
-
-def _classes(labels):
-  if labels.ndim != 1:
-    raise ValueError(
-      f"labels have shape {labels.shape}; this algorithm is one of classes (B,)."
-    )
-  return labels
 
 
 def _threat(eps, norm, bounds) -> Threat:
