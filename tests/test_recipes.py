@@ -6,6 +6,7 @@ import re
 import helpers
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from jaxadv import (
@@ -13,23 +14,31 @@ from jaxadv import (
   attacks,
   augment,
   combine,
+  defences,
   forwards,
   gradient_attack,
   losses,
   threats,
+  training,
   transforms,
 )
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs/recipes.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-SETS = PAGE[PAGE.index("## Label sets") :]
+SETS = PAGE[PAGE.index("## Label sets") : PAGE.index("## Defences")]
 KEY, EPS = jax.random.key(0), 0.1
 X = helpers.stripes(4)
 NAMES = {
   "Objective": Objective,
   "attacks": attacks,
   "augment": augment,
+  "apply": lambda params, extra, x, train: (helpers.convnet()(x + params)[0], extra),
   "combine": combine,
+  "defences": defences,
+  "dense": lambda params, extra, x, train: (
+    helpers.convnet(classes=2, dense=True)(x + params)[0],
+    extra,
+  ),
   "eps": EPS,
   "f": lambda x: helpers.convnet()(x)[0],
   "forwards": forwards,
@@ -39,7 +48,9 @@ NAMES = {
   "key": KEY,
   "losses": losses,
   "threats": threats,
+  "training": training,
   "transforms": transforms,
+  "tx": optax.sgd(0.1),
   "x": X,
 }
 
@@ -54,7 +65,8 @@ def test_a_recipe_attacks(number):
   sets = block in SETS
   labels = (logits > 0).astype(int) if sets else logits.argmax(-1)
   found = {name: thing for name, thing in made.items() if hasattr(thing, "score")}
-  for name in ("attack", "weak", "strong", "two_classes", "more_classes"):
+  single = ("attack", "weak", "strong", "any_one", "order")
+  for name in (*single, "two_classes", "more_classes"):
     if name in made:
       found[name] = jax.jit(lambda x, y, a=made[name]: a(KEY, predict, x, y))(X, labels)
   for name, result in found.items():
@@ -62,6 +74,12 @@ def test_a_recipe_attacks(number):
     # an attack towards what is decided already may stay where it is
     towards = sets and name == "attack" and "targeted" in block
     assert towards or 0 < moved <= EPS + 1e-6, name
+  for name, label in (("step", labels), ("masks", jnp.zeros(X.shape[:3], int))):
+    if name in made:
+      state = training.init_state(KEY, jnp.zeros(()), {}, NAMES["tx"])
+      after, _ = jax.jit(made[name])(state, {"image": X, "label": label})
+      found[name] = after
+      assert after.params != 0
   assert found or "predict" in names
 
 
@@ -87,4 +105,4 @@ def test_classes_and_sets_are_not_confused():
   """A loss of classes on a label set is refused, with what to write."""
   labels = (NAMES["f"](X) > 0).astype(int)
   with pytest.raises(ValueError, match="label sets"):
-    attacks.pgd(EPS)(KEY, NAMES["f"], X, labels)
+    attacks.pgd(EPS, loss=losses.cross_entropy)(KEY, NAMES["f"], X, labels)
