@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxadv import inputs, types
+from jaxadv import inputs, stepping, types
 from jaxadv.types import (
   Array,
   AttackFn,
@@ -162,13 +162,17 @@ def best_of(*attacks: AttackFn) -> AttackFn:
 def random_budget(
   make: Callable[..., AttackFn],
   sample_hparams: Callable[[Array], Mapping[str, Any]],
+  *,
+  bounds: tuple[Any, Any] | None = (0.0, 1.0),
 ) -> AttackFn:
   """An attack whose parameters are drawn for each example: one program for all of them.
 
   Args:
     make: `(**parameters) -> attack`; the parameters are traced, so they may be radii,
       step sizes and weights, but no `num_steps`: `transforms.for_steps` stops early.
-    sample_hparams: `key -> parameters` of ONE example.
+    sample_hparams: `key -> parameters` of ONE example; floats are cast to the images'
+      precision.
+    bounds: of images, checked here, as `make` sees one traced example at a time.
 
   Returns:
     An attack; example `i` is attacked by `make(**sample_hparams(key_i))`.
@@ -184,10 +188,13 @@ def random_budget(
   """
 
   def attack(key, predict, x, y):
+    inputs.check_batch(x, y, bounds)
+    stepping.check_target(predict, x, types.labels(predict, x, y))
+
     def one(key, x, y):
       draw_key, key = jax.random.split(key)
       alone = jax.tree.map(lambda leaf: leaf[None], (x, y))
-      run = make(**sample_hparams(draw_key))
+      run = make(**_cast(sample_hparams(draw_key), x.dtype))
       result = run(key[None], predict, *alone)
       losses = jnp.moveaxis(result.losses, 1, 0)
       return jax.tree.map(lambda leaf: leaf[0], result._replace(losses=losses))
@@ -196,6 +203,11 @@ def random_budget(
     return result._replace(losses=jnp.moveaxis(result.losses, 0, 1))
 
   return attack
+
+
+def _cast(values, dtype):
+  floating = lambda v: jnp.issubdtype(jnp.result_type(v), jnp.floating)
+  return jax.tree.map(lambda v: jnp.asarray(v, dtype) if floating(v) else v, values)
 
 
 def with_restarts(attack: AttackFn, n: int) -> AttackFn:

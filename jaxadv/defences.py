@@ -251,9 +251,9 @@ def random_pgd(
     True
   """
   for name, pair in (("eps", eps), ("steps", steps)):
-    inputs.check_positive(name, pair[0], zero=name == "eps")
-    if pair[1] < pair[0]:
-      raise ValueError(f"`{name}` is {pair}; write the smaller number first.")
+    inputs.check_interval(name, pair)
+  for count in steps:
+    inputs.check_num_steps(count)
   inputs.check_positive("step_size", step_size)
   inputs.check_share("clean", clean)
   low, high = steps
@@ -275,11 +275,12 @@ def random_pgd(
     threat = threats.linf(eps, bounds=bounds)
     return gradient_attack(Objective(losses.task_loss), threat, step, num_steps=high)
 
-  return combine.random_budget(make, draw)
+  return combine.random_budget(make, draw, bounds=bounds)
 
 
 def _from_nearby(objective, eps, step_size, num_steps):
   """PGD from a start 0.001 N(0, 1) away, for losses without a gradient at the image."""
+  inputs.check_positive("eps", eps)
   step_size = eps / 4 if step_size is None else step_size
   inputs.check_positive("step_size", step_size)
   threat = threats.linf(eps)

@@ -18,6 +18,7 @@ __all__ = [
   "check_classes",
   "check_feature",
   "check_image",
+  "check_interval",
   "check_num_steps",
   "check_positive",
   "check_range",
@@ -75,6 +76,22 @@ def check_share(name: str, value: Any) -> None:
   values = np.asarray(value, float)
   if not np.all((values >= 0) & (values <= 1)):
     raise ValueError(f"`{name}` is {value}; it must be a number in [0, 1].")
+
+
+def check_interval(name: str, pair: Any) -> None:
+  """Raises `ValueError` unless `pair` is two numbers >= 0, the smaller one first.
+
+  Example:
+    >>> check_interval("eps", (0.2, 0.1))
+    Traceback (most recent call last):
+    ...
+    ValueError: `eps` is (0.2, 0.1); write two numbers >= 0, the smaller one first.
+  """
+  message = f"`{name}` is {pair}; write two numbers >= 0, the smaller one first."
+  if not isinstance(pair, Sequence) or len(pair) != 2:
+    raise ValueError(message)
+  if _is_concrete(tuple(pair)) and not 0 <= pair[0] <= pair[1]:
+    raise ValueError(message)
 
 
 def check_num_steps(num_steps: Any) -> None:

@@ -135,6 +135,8 @@ def label_ranking(sample: Sample, *, slack: float | jax.Array = jnp.inf) -> jax.
 
   Differs from MLAP, whose Rank attacks sort wanted labels: those are `negate` of this.
   """
+  if not pw.is_label_set(sample):
+    raise ValueError("label_ranking is a loss of label sets; for classes write margin.")
   z, label, valid = pw.logits(sample), sample.target["label"], valid_pixels(sample)
   present, absent = valid & (label == 1), valid & (label == 0)
   highest = jnp.where(absent, z, -jnp.inf).max()

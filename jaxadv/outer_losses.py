@@ -27,6 +27,7 @@ __all__ = [
   "mean_over_views",
   "misclassification_aware",
   "soft_dice",
+  "task_loss",
   "trades",
 ]
 
@@ -38,7 +39,7 @@ ExampleLoss = Callable[[Array, Any], Array]
 OuterLoss = Callable[[Array, Any], Array]
 
 
-def cross_entropy(logits: Array, label: Array) -> Array:
+def cross_entropy(logits: Array, label: Any) -> Array:
   """Softmax cross-entropy of ONE example, averaged over its pixels if it has any.
 
   Args:
@@ -52,11 +53,14 @@ def cross_entropy(logits: Array, label: Array) -> Array:
     >>> print(cross_entropy(jnp.zeros((5, 5, 2)), jnp.ones((5, 5), int)).round(4))
     0.6931
   """
-  logits = logits.astype(jnp.result_type(float))
-  return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+  sample = decided(logits, label)
+  values = optax.softmax_cross_entropy_with_integer_labels(
+    pw.logits(sample), sample.target["label"]
+  )
+  return _mean(values, sample)
 
 
-def binary_cross_entropy(logits: Array, label: Array) -> Array:
+def binary_cross_entropy(logits: Array, label: Any) -> Array:
   """Sigmoid cross-entropy of ONE label set, averaged over its findings.
 
   Args:
@@ -70,11 +74,12 @@ def binary_cross_entropy(logits: Array, label: Array) -> Array:
     >>> print(binary_cross_entropy(jnp.zeros(3), jnp.array([0, 1, 1])).round(4))
     0.6931
   """
-  logits = logits.astype(jnp.result_type(float))
-  return optax.sigmoid_binary_cross_entropy(logits, label).mean()
+  sample = decided(logits, label)
+  values = optax.sigmoid_binary_cross_entropy(pw.logits(sample), sample.target["label"])
+  return _mean(values, sample)
 
 
-def soft_dice(logits: Array, label: Array, *, smooth: float = 1.0) -> Array:
+def soft_dice(logits: Array, label: Any, *, smooth: float = 1.0) -> Array:
   """One minus the soft Dice overlap of ONE mask, averaged over the foreground classes.
 
       1 - (2 <p, q> + smooth) / (|p|_1 + |q|_1 + smooth)
@@ -96,15 +101,19 @@ def soft_dice(logits: Array, label: Array, *, smooth: float = 1.0) -> Array:
 
   Reference: Milletari et al., V-Net, arXiv:1606.04797 (there with squared terms).
   """
-  probability = jax.nn.softmax(logits.astype(jnp.result_type(float)))[..., 1:]
+  sample = decided(logits, label)
+  label, valid = sample.target["label"], sample.target.get("mask")
+  probability = jax.nn.softmax(pw.logits(sample))[..., 1:]
   wanted = jax.nn.one_hot(label, logits.shape[-1])[..., 1:]
+  if valid is not None:
+    probability, wanted = (v * valid[..., None] for v in (probability, wanted))
   pixels = tuple(range(label.ndim))
   overlap = (probability * wanted).sum(pixels)
   size = probability.sum(pixels) + wanted.sum(pixels)
   return 1 - ((2 * overlap + smooth) / (size + smooth)).mean()
 
 
-def dice_cross_entropy(logits: Array, label: Array) -> Array:
+def dice_cross_entropy(logits: Array, label: Any) -> Array:
   """`soft_dice + cross_entropy` of ONE mask: the usual segmentation loss.
 
   Example:
@@ -141,7 +150,9 @@ def focal(gamma: float | Array = 2.0) -> ExampleLoss:
   def loss(logits, label):
     sample = decided(logits, label)
     surprise = pw.log_losses(sample)
-    return pw.mean((1 - jnp.exp(-surprise)) ** gamma * surprise, sample)
+    tiny = jnp.finfo(surprise.dtype).tiny  # a power below 1 has no slope at 0
+    unsure = jnp.maximum(-jnp.expm1(-surprise), tiny)
+    return pw.mean(unsure**gamma * surprise, sample)
 
   return loss
 
@@ -160,7 +171,18 @@ def mean_over_views(loss: ExampleLoss) -> OuterLoss:
   return outer
 
 
-def mean_cross_entropy(logits: Array, label: Array) -> Array:
+def task_loss(logits: Array, label: Any) -> Array:
+  """The loss of ONE example whatever its task: `cross_entropy`, or binary for a set.
+
+  Example:
+    >>> print(task_loss(jnp.zeros(3), jnp.array([0, 1, 1])).round(4))
+    0.6931
+  """
+  sample = decided(logits, label)
+  return pw.mean(pw.log_losses(sample), sample)
+
+
+def mean_cross_entropy(logits: Array, label: Any) -> Array:
   """The mean over the views of the (binary) cross-entropy: adversarial training.
 
   Args:
@@ -176,12 +198,7 @@ def mean_cross_entropy(logits: Array, label: Array) -> Array:
 
   Reference: Madry et al., ICLR 2018, arXiv 1706.06083, with one attacked view.
   """
-
-  def one(view):
-    sample = decided(view, label)
-    return pw.mean(pw.log_losses(sample), sample)
-
-  return jax.vmap(one)(logits).mean()
+  return mean_over_views(task_loss)(logits, label)
 
 
 def trades(beta: float | Array = 6.0) -> OuterLoss:
@@ -253,11 +270,15 @@ def misclassification_aware(beta: float | Array = 6.0) -> OuterLoss:
 
   def outer(logits, label):
     clean, attacked = _clean_and_attacked(logits, label)
-    unsure = 1 - jnp.exp(-pw.log_losses(clean))
+    unsure = -jnp.expm1(-pw.log_losses(clean))
     drift = beta * unsure * pw.divergences(attacked)
     return pw.mean(pw.log_losses(attacked) + _rival(attacked) + drift, clean)
 
   return outer
+
+
+def _mean(values, sample):
+  return pw.mean(values, sample) if "mask" in sample.target else values.mean()
 
 
 def _rival(sample):

@@ -38,19 +38,13 @@ def logits(sample: Sample) -> Array:
 def one_hot(sample: Sample) -> Array:
   """`(..., K)` bool, true at the label."""
   classes = jnp.arange(sample.logits.shape[-1])
-  label = jnp.asarray(sample.target["label"])
+  label = _class_index(sample.target["label"], sample.logits)
   return label[..., None] == classes.reshape((1,) * label.ndim + (-1,))
 
 
 def pick(z: Array, index: Array) -> Array:
   """`z[..., index]` without a gather, whose gradient would be a slow scatter on CPU."""
-  index = jnp.asarray(index)
-  if index.ndim != z.ndim - 1:
-    raise ValueError(
-      f"this loss is one of classes, and the label {index.shape} is no class index for "
-      f"logits {z.shape}; for label sets write loss=losses.task_loss, margin or "
-      "label_margin."
-    )
+  index = _class_index(index, z)
   classes = jnp.arange(z.shape[-1]).reshape((1,) * index.ndim + (-1,))
   return jnp.where(index[..., None] == classes, z, 0).sum(-1)
 
@@ -109,3 +103,14 @@ def mean(values: Array, sample: Sample) -> Array:
   """Over the valid pixels or labels; 0 where there are none."""
   valid = valid_pixels(sample)
   return jnp.where(valid, values, 0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def _class_index(index, z):
+  index = jnp.asarray(index)
+  if index.ndim != z.ndim - 1:
+    raise ValueError(
+      f"this loss is one of classes, and the label {index.shape} is no class index for "
+      f"logits {z.shape}; for label sets write loss=losses.task_loss, margin or "
+      "label_margin."
+    )
+  return index

@@ -82,18 +82,19 @@ def label_sets(
 
   Returns:
     `auroc` and `accuracy`, means over the findings; `exact_match`, the share of images
-    whose known labels are all right; `images`, `threshold`, and for each name in
-    `classes` its `auroc`, `accuracy` and `positives`.
+    whose known labels, if any, are all right; `images`, `threshold`, and for each name
+    in `classes` its `auroc`, `accuracy` and `positives`.
 
   Raises:
-    ValueError: for a threshold outside (0, 1).
+    ValueError: for a threshold outside (0, 1), known labels other than 0 and 1, and
+      another number of names.
 
   Example:
     >>> report = label_sets(np.array([[1.0], [-1.0]]), np.array([[1], [0]]), ["mass"])
     >>> report["auroc"], report["classes"]["mass"]["positives"]
     (1.0, 1)
   """
-  labels, valid = np.asarray(labels) == 1, _valid(valid, labels)
+  labels, valid = _known_labels(labels, valid, class_names)
   right = (decisions(logits, threshold) == labels) | ~valid
   classes = {}
   for k, name in enumerate(class_names):
@@ -106,7 +107,7 @@ def label_sets(
   return {
     "auroc": _mean([found["auroc"] for found in classes.values()]),
     "accuracy": _mean([found["accuracy"] for found in classes.values()]),
-    "exact_match": _share(right.all(1)),
+    "exact_match": _share(right.all(1)[valid.any(1)]),
     "images": len(labels),
     "threshold": threshold,
     "classes": classes,
@@ -142,7 +143,7 @@ def flipped_labels(
     `fooling`, `hidden` and `invented`. `None` where there is nothing to count.
 
   Raises:
-    ValueError: for a threshold outside (0, 1).
+    ValueError: as `label_sets`.
 
   Example:
     >>> clean, attacked = np.array([[2.0, -1.0]]), np.array([[-1.0, -2.0]])
@@ -151,7 +152,7 @@ def flipped_labels(
     (0.5, 1.0, 0.0)
   """
   before, after = (decisions(logits, threshold) for logits in (clean, attacked))
-  truth, valid = np.asarray(labels) == 1, _valid(valid, labels)
+  truth, valid = _known_labels(labels, valid, class_names)
 
   def rates(columns):
     took, gave, known = (v[:, columns] for v in (before, after, valid))
@@ -163,7 +164,8 @@ def flipped_labels(
     }
 
   found = rates(slice(None))
-  found["any_flipped"] = _share(((before != after) & valid).any(1))
+  flipped = ((before != after) & valid).any(1)
+  found["any_flipped"] = _share(flipped[valid.any(1)])
   found["classes"] = {name: rates([k]) for k, name in enumerate(class_names)}
   return found
 
@@ -237,8 +239,21 @@ def _odds(logits, k):
   return logits[:, k] - np.logaddexp.reduce(np.delete(logits, k, 1), axis=1)
 
 
-def _valid(valid, labels):
-  return np.ones(np.shape(labels), bool) if valid is None else np.asarray(valid, bool)
+def _known_labels(labels, valid, class_names):
+  """Which labels are present, and which count."""
+  labels = np.asarray(labels)
+  valid = np.ones(labels.shape, bool) if valid is None else np.asarray(valid, bool)
+  if labels.shape[1] != len(class_names):
+    raise ValueError(
+      f"labels have shape {labels.shape}, and there are {len(class_names)} names; "
+      "write one name for each label."
+    )
+  odd = labels[valid & (labels != 0) & (labels != 1)]
+  if odd.size:
+    raise ValueError(
+      f"a label is {odd[0]}; write 0 and 1, and `valid` for unknown ones."
+    )
+  return labels == 1, valid
 
 
 def _share(hits):

@@ -254,4 +254,7 @@ def check_state(state: Perturbation, want: Perturbation) -> None:
     )
   kept, needed = (str(jax.tree.structure(tree)) for tree in (state, want))
   if kept != needed:
-    raise ValueError(f"the state is one of another attack: {kept}, not {needed}.")
+    raise ValueError(
+      "the state is one of another attack, or of another step rule; start with "
+      "init(key, image) of the attack whose step is taken."
+    )

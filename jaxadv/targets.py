@@ -40,11 +40,9 @@ def predictions(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
     >>> predictions(lambda x: x, x, jnp.array([[0, 0]]))["label"].tolist()
     [[1, 0]]
   """
-  given = y if isinstance(y, Mapping) else {}
-  kept = {name: given[name] for name in ("mask",) if name in given}
-  if "decision" in given:
-    return kept | {"label": given["decision"]}
-  return kept | {"label": _decision(call(predict, x)[0], y)}
+  if isinstance(y, Mapping) and "decision" in y:
+    return _masked(y["decision"], y)
+  return _masked(_decision(call(predict, x)[0], y), y)
 
 
 def least_likely(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
@@ -59,7 +57,7 @@ def least_likely(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
     >>> least_likely(lambda x: x, x, jnp.array([[0, 0]]))["label"].tolist()
     [[0, 1]]
   """
-  return {"label": _decision(-call(predict, x)[0], y)}
+  return _masked(_decision(-call(predict, x)[0], y), y)
 
 
 def constant(k: int | jax.Array) -> PrepareFn:
@@ -83,7 +81,6 @@ def constant(k: int | jax.Array) -> PrepareFn:
     raise TypeError(f"target is {k!r}; write the index of a class, such as 0.")
 
   def prepare(predict, x, y):
-    del y
     logits = jax.eval_shape(lambda image: call(predict, image)[0], x)
     shape = logits.shape if jnp.ndim(k) else logits.shape[:-1]
     if jnp.ndim(k) and jnp.shape(k) != logits.shape[1:]:
@@ -93,7 +90,7 @@ def constant(k: int | jax.Array) -> PrepareFn:
       )
     if not isinstance(k, jax.core.Tracer):
       inputs.check_classes({"label": np.broadcast_to(k, shape)}, logits)
-    return {"label": jnp.broadcast_to(k, shape)}
+    return _masked(jnp.broadcast_to(k, shape), y)
 
   return prepare
 
@@ -211,10 +208,17 @@ def gradient_weights(loss: LossFn, prepare: PrepareFn = labels) -> PrepareFn:
   return weigh
 
 
+def _masked(label, y):
+  """A target of this label, and of the mask of what counts where `y` has one."""
+  kept = isinstance(y, Mapping) and "mask" in y
+  return {"label": label, "mask": y["mask"]} if kept else {"label": label}
+
+
 def _decision(logits, y):
-  label = y["label"] if isinstance(y, Mapping) and "label" in y else y
-  if label is None or isinstance(label, Mapping) or jnp.ndim(label) != logits.ndim:
+  label = y.get("label") if isinstance(y, Mapping) else y
+  if label is None or jnp.ndim(label) != logits.ndim:
     return jnp.argmax(logits, -1)
+  inputs.check_shapes({"label": label}, logits)
   return (logits > 0).astype(jnp.int32)
 
 

@@ -26,15 +26,15 @@ from jaxadv.outer_losses import (
   mean_over_views,
   misclassification_aware,
   soft_dice,
+  task_loss,
   trades,
 )
-from jaxadv.types import AttackFn, Threat
+from jaxadv.types import AttackFn
 
 __all__ = [
   "ApplyFn",
   "AugmentFn",
   "ExampleLoss",
-  "FreeState",
   "OuterLoss",
   "TrainState",
   "adversarial_step",
@@ -44,14 +44,15 @@ __all__ = [
   "dice_cross_entropy",
   "flips",
   "focal",
-  "free_step",
   "init_state",
   "mean_cross_entropy",
   "mean_over_views",
   "misclassification_aware",
   "soft_dice",
+  "task_loss",
   "trades",
   "train_step",
+  "truth",
 ]
 
 Array = jax.Array
@@ -143,8 +144,11 @@ def train_step(
 
   Returns:
     `step(state, batch) -> (state, {"loss", "grad_norm"})`, to be jitted by the caller.
-    `batch` holds `image (B, ..., C)`, `label (B, ...)`, and optionally `weight (B,)`
-    and `id (B,)`.
+    `batch` holds `image (B, ..., C)`, `label (B, ...)`, and optionally `weight (B,)`,
+    `id (B,)` and `mask (B, ...)`, the labels or pixels that are known.
+
+  Raises:
+    ValueError: for `augment` beside a mask of pixels.
 
   Example:
     >>> apply = lambda params, extra, x, train: (x @ params, extra)
@@ -264,85 +268,25 @@ def adversarial_weights(gamma: float | Array = 0.005) -> WeightAttack:
   """
   inputs.check_positive("gamma", gamma)
 
+  def unit(g):
+    g = g / jnp.maximum(jnp.abs(g).max(), jnp.finfo(g.dtype).tiny)  # squares underflow
+    return g / jnp.maximum(_norm(g), 1)
+
   def move(w, g):
-    if w.ndim < 2:
-      return w
-    tiny = jnp.finfo(w.dtype).tiny
-    return w + gamma * g * (_norm(w) / jnp.maximum(_norm(g), tiny))
+    return w if w.ndim < 2 else w + gamma * _norm(w) * unit(g)
 
   return lambda params, gradient: jax.tree.map(move, params, gradient)
 
 
-class FreeState(NamedTuple):
-  """A training state, and the perturbation of every place of the batch.
-
-  Attributes:
-    train: of the model.
-    delta: `(B, ..., C)`, carried from batch to batch.
-  """
-
-  train: TrainState
-  delta: Array
-
-
-def free_step(
-  apply: ApplyFn,
-  tx: optax.GradientTransformation,
-  threat: Threat,
-  eps: float | Array,
-  *,
-  loss: ExampleLoss = cross_entropy,
-) -> Callable[[FreeState, Batch], tuple[FreeState, dict[str, Array]]]:
-  """Free adversarial training: one backward pass moves weights and perturbations.
-
-      g_w, g_d = grad L(y, f_w(x + d))
-      w <- tx(w, g_w),   d <- project(d + eps sign g_d)
-
-  Repeat each batch, 8 times in the paper, and divide the epochs by as many.
-
-  Args:
-    apply: `(params, extra, images, train) -> (logits, extra)`.
-    tx: optax transform that lowers the loss.
-    threat: what is allowed, such as `threats.linf(eps)`.
-    eps: length of the perturbations' steps.
-    loss: one example's `(logits, label) -> scalar`.
-
-  Returns:
-    `step(state, batch) -> (state, {"loss", "grad_norm"})`; start from
-    `FreeState(init_state(...), jnp.zeros_like(images))`. All batches have one size.
+def truth(batch: Batch) -> Any:
+  """What views are asked for and losses compare with: the label, or label and mask.
 
   Example:
-    >>> from jaxadv import threats
-    >>> apply = lambda params, extra, x, train: (x @ params, extra)
-    >>> step = free_step(apply, optax.sgd(0.1), threats.linf(0.1), 0.1)
-    >>> train = init_state(jax.random.key(0), jnp.eye(2), {}, optax.sgd(0.1))
-    >>> x = jnp.full((1, 2), 0.5)
-    >>> state, _ = step(FreeState(train, 0 * x), {"image": x, "label": jnp.array([0])})
-    >>> print(state.delta.round(2))
-    [[-0.09999999  0.09999999]]
-
-  Reference: Shafahi et al., NeurIPS 2019, arXiv 1904.12843.
+    >>> sorted(truth({"label": jnp.zeros(2, int), "mask": jnp.ones(2, bool)}))
+    ['label', 'mask']
   """
-
-  def step(state: FreeState, batch: Batch) -> tuple[FreeState, dict[str, Array]]:
-    train, x, y = state.train, batch["image"], batch["label"]
-    weight = batch.get("weight", jnp.ones(len(x)))
-
-    def cost(params, delta):
-      shown = jax.vmap(threat.apply)(x, delta)
-      logits, extra = apply(params, train.extra, shown, True)
-      total = (weight * jax.vmap(loss)(logits, y)).sum()
-      return total / jnp.maximum(weight.sum(), 1e-6), extra
-
-    grads = jax.value_and_grad(cost, (0, 1), has_aux=True)
-    (value, extra), (grad, up) = grads(train.params, state.delta)
-    updates, opt_state = tx.update(grad, train.opt_state, train.params)
-    params = optax.apply_updates(train.params, updates)
-    delta = jax.vmap(threat.project)(state.delta + eps * jnp.sign(up), x)
-    train = TrainState(train.step + 1, params, extra, opt_state, train.key)
-    return FreeState(train, delta), {"loss": value, "grad_norm": optax.tree.norm(grad)}
-
-  return step
+  label = jnp.asarray(batch["label"])
+  return {"label": label, "mask": batch["mask"]} if "mask" in batch else label
 
 
 def _norm(values):
@@ -350,10 +294,16 @@ def _norm(values):
 
 
 def _augmented(augment, state, batch):
+  """Images and labels of the step; a mask of labels that count is not moved."""
   image, label = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
-  if augment is None:
-    return image, label
-  return jax.vmap(augment)(_keys(state.key, state.step, _ids(batch)), image, label)
+  if augment is not None:
+    if "mask" in batch and label.ndim == image.ndim - 1:
+      raise ValueError(
+        "`augment` would move images and not the `mask` of their pixels."
+      )
+    keys = _keys(state.key, state.step, _ids(batch))
+    image, label = jax.vmap(augment)(keys, image, label)
+  return image, truth({**batch, "label": label})
 
 
 def _views(apply, views, state, image, label, ids):

@@ -4,6 +4,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxadv import attacks, combine, losses
 from jaxadv.types import AttackResult
@@ -136,3 +137,25 @@ def test_a_random_budget_compiles_one_program_for_all_draws():
   first = traces
   assert (run(jax.random.key(1)) != run(KEY)).any()
   assert traces == first
+
+
+@pytest.mark.parametrize(
+  ("x", "y", "message"),
+  [
+    (255 * X, Y, "outside the bounds"),
+    (X, Y + 9, "outside the model's classes"),
+    (X, Y[:5], "has shape \\(5,\\) but `x` holds 12"),
+  ],
+)
+def test_a_random_budget_checks_what_its_attacks_cannot_see(x, y, message):
+  make = lambda eps, step_size: attacks.pgd(eps, step_size=step_size, num_steps=2)
+  with pytest.raises(ValueError, match=message):
+    combine.random_budget(make, drawn)(KEY, MODEL, x, y)
+
+
+def test_a_random_budget_keeps_single_precision_where_double_is_the_default():
+  with helpers.x64():
+    make = lambda eps, step_size: attacks.pgd(eps, step_size=step_size, num_steps=2)
+    x = jnp.asarray(X, jnp.float32)
+    result = combine.random_budget(make, drawn)(KEY, lambda x: x.mean((1, 2)), x, Y % 2)
+    assert result.image.dtype == jnp.float32

@@ -53,9 +53,10 @@ def test_every_example_draws_for_itself():
 @pytest.mark.parametrize(
   ("eps", "steps", "options", "message"),
   [
-    ((0.1, 0.05), (1, 2), {}, r"`eps` is \(0.1, 0.05\); write the smaller"),
-    ((-0.1, 0.05), (1, 2), {}, "`eps` is -0.1"),
-    ((0.1, 0.2), (0, 2), {}, "`steps` is 0"),
+    ((0.1, 0.05), (1, 2), {}, r"`eps` is \(0.1, 0.05\); write two numbers"),
+    ((-0.1, 0.05), (1, 2), {}, r"`eps` is \(-0.1, 0.05\)"),
+    (8 / 255, (1, 2), {}, "`eps` is 0.03.*; write two numbers"),
+    ((0.1, 0.2), (0, 2), {}, "needs at least 1 step"),
     ((0.1, 0.2), (3, 2), {}, r"`steps` is \(3, 2\)"),
     ((0.1, 0.2), (1, 2), {"clean": 1.5}, "`clean` is 1.5"),
     ((0.1, 0.2), (1, 2), {"step_size": -1}, "`step_size` is -1"),
@@ -179,3 +180,18 @@ def test_maadvt_is_mart_with_its_own_defaults():
   np.testing.assert_array_equal(*shown)
   logits = jnp.array([[1.0, 2.0], [0.5, 0.1]])
   assert one.outer(logits, jnp.int32(0)) == other.outer(logits, jnp.int32(0))
+
+
+def test_the_radii_of_random_pgd_may_be_traced():
+  run = jax.jit(lambda high: random_pgd((0.0, high), (1, 3))(KEY, MODEL3, X3, Y3).delta)
+  assert jnp.abs(run(0.01)).max() <= 0.01 + 1e-6 < jnp.abs(run(0.1)).max()
+
+
+MODEL3 = helpers.linear(WEIGHTS)
+X3, Y3 = GREY[:40], ZEROS[:40]
+
+
+def test_a_negative_radius_is_named_as_such():
+  for make in (defences.trades, defences.mart, defences.adversarial_training):
+    with pytest.raises(ValueError, match=r"`eps` is -0\.1"):
+      make(-0.1)

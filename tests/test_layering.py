@@ -35,12 +35,13 @@ ALLOWED = {
   "outer_losses": GROUND | {"types", "pointwise"},
   "stepping": {"types", "inputs"},
   "engine": {"types", "inputs", "stepping"},  # the engine knows no concrete part
-  "combine": {"types", "inputs"},  # and this no concrete attack
+  "combine": {"types", "inputs", "stepping"},  # and this no concrete attack
   "line_search": {"types", "inputs"},
   "stability": {"types", "engine"},  # it runs any attack of the engine
   "attacks": GROUND | PARTS | {"types", "stepping", "engine", "attacks"},
   "training": {"types", "inputs", "outer_losses"},
   "defences": GROUND | PARTS | {"types", "engine", "combine", "attacks", "training"},
+  "free_training": {"types", "inputs", "training"},
   "augment": {"types", "training"},
   "loops": {"types"},
   "checkpoints": {"types"},

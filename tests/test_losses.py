@@ -366,3 +366,27 @@ def test_labels_that_do_not_count_end_no_loss(mask):
   assert not types.reached(known)
   assert losses.until_fooled(loss)(known) == 0
   assert losses.until_reached(loss)(known) == loss(known)
+
+
+def test_a_loss_of_another_task_is_refused():
+  classes, labels = helpers.sample(jnp.zeros(3), 0), helpers.sample(jnp.zeros(3), Z3)
+  with pytest.raises(ValueError, match="label_ranking is a loss of label sets"):
+    losses.label_ranking(classes)
+  for loss in (losses.jensen_shannon, losses.cross_entropy, losses.seg_pgd):
+    with pytest.raises(ValueError, match="this loss is one of classes"):
+      loss(labels)
+
+
+Z3 = jnp.zeros(3, int)
+
+
+def test_the_order_of_the_findings():
+  """Above 0 where an absent finding stands above a present one."""
+  rank = lambda z, y, **target: losses.label_ranking(
+    helpers.sample(jnp.array(z), jnp.array(y), target=target), slack=2.0
+  )
+  assert rank([3.0, -1.0, 1.0], [1, 0, 0]) == -2.0
+  assert rank([0.5, -1.0, 1.0], [1, 0, 0]) == 0.5
+  assert rank([0.5, -1.0, 9.0], [1, 0, 0]) == 2.0
+  assert rank([0.5, -1.0, 9.0], [1, 0, 0], mask=jnp.array([True, True, False])) == -1.5
+  assert rank([0.5, -1.0], [1, 1]) == 0.0

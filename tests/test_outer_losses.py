@@ -119,3 +119,11 @@ def test_another_number_of_views_is_refused(name):
 def test_a_negative_weight_is_refused(make):
   with pytest.raises(ValueError, match="`beta` is -1"):
     make(-1)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("lead", [0.0, 20.0, 200.0])
+@pytest.mark.parametrize("label", [jnp.int32(0), jnp.array([1, 0])])
+def test_the_focal_loss_has_a_finite_gradient_however_sure(gamma, lead, label):
+  gradient = jax.grad(training.focal(gamma))(jnp.array([lead, -lead]), label)
+  assert np.isfinite(gradient).all()

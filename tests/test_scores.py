@@ -137,3 +137,24 @@ def test_exact_match_and_accuracy_are_those_of_scikit_learn():
 def test_a_threshold_that_is_no_probability_is_refused(threshold):
   with pytest.raises(ValueError, match=r"`threshold` is .*write a probability"):
     scores.label_sets(CLEAN, TRUTH, NAMES[:3], threshold=threshold)
+
+
+def test_images_without_a_known_label_are_no_match_and_no_flip():
+  valid = np.array([[False] * 3, [True] * 3])
+  args = TRUTH, NAMES[:3]
+  assert scores.label_sets(ATTACKED, *args, valid=valid)["exact_match"] == 0.0
+  assert scores.flipped_labels(CLEAN, CLEAN, *args, valid=valid)["any_flipped"] == 0.0
+  none = np.zeros((2, 3), bool)
+  assert scores.label_sets(CLEAN, *args, valid=none)["exact_match"] is None
+
+
+@pytest.mark.parametrize(
+  ("labels", "names", "message"),
+  [
+    (TRUTH - 1, NAMES[:3], "a label is -1; write 0 and 1"),
+    (TRUTH, NAMES[:2], r"labels have shape \(2, 3\), and there are 2 names"),
+  ],
+)
+def test_labels_that_are_none_are_refused(labels, names, message):
+  with pytest.raises(ValueError, match=message):
+    scores.label_sets(CLEAN, labels, names)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxadv import checkpoints, combine, loops, threats, training
+from jaxadv import checkpoints, combine, free_training, loops, threats, training
 
 
 def apply(params, extra, images, train):
@@ -225,10 +225,10 @@ def test_the_vector_of_free_adversarial_training():
     model = lambda params, extra, x, train: (x[:, 0] * params, extra)
     square = lambda logits, label: jnp.square(logits - label) / 2
     threat = threats.linf(0.5, bounds=(-10.0, 10.0))
-    step = training.free_step(model, tx, threat, 0.5, loss=square)
+    step = free_training.free_step(model, tx, threat, 0.5, loss=square)
     batch = {"image": jnp.ones((1, 1)), "label": jnp.array([2])}
     begun = training.init_state(jax.random.key(0), jnp.float64(1), {}, tx)
-    state = training.FreeState(begun, jnp.zeros((1, 1)))
+    state = free_training.FreeState(begun, jnp.zeros((1, 1)))
     for weight in (1.1, 1.1725):
       state, _ = jax.jit(step)(state, batch)
       assert state.delta.item() == -0.5
@@ -238,14 +238,16 @@ def test_the_vector_of_free_adversarial_training():
 def test_padding_moves_no_weight_and_no_perturbation_of_free_training():
   tx, batch = optax.sgd(0.1), masks(0)
   threat = threats.linf(0.1, bounds=(-10.0, 10.0))
-  step = training.free_step(apply, tx, threat, 0.1)
+  step = free_training.free_step(apply, tx, threat, 0.1)
   x = jnp.asarray(batch["image"])
   begun = start(tx)._replace(params=jax.tree.map(lambda p: p + 0.5, start(tx).params))
   begun.params["w"] *= jnp.array([[1, -1]])  # two classes that differ
-  state = training.FreeState(begun, jnp.zeros_like(x))
+  state = free_training.FreeState(begun, jnp.zeros_like(x))
   weight = jnp.ones(len(x)).at[0].set(0)
   one, _ = step(state, {**batch, "weight": weight})
   broken = x.at[0].set(0.123)
+  carried, _ = step(one, {**batch, "weight": 1 - weight})
+  np.testing.assert_array_equal(carried.delta[1:], one.delta[1:])
   two, _ = step(state, {**batch, "image": broken, "weight": weight})
   assert not one.delta[0].any()
   assert one.delta[1:].any()
@@ -259,8 +261,45 @@ def test_the_vector_of_adversarial_weights():
   )
   np.testing.assert_allclose(moved["w"], [[3.0, 4.025]], rtol=1e-6)
   np.testing.assert_array_equal(moved["b"], 1.0)
-  still = training.adversarial_weights()(jnp.ones((2, 2)), jnp.zeros((2, 2)))
-  np.testing.assert_array_equal(still, 1.0)
+  for w, g, want in ((5.0, 0.0, 0.0), (5.0, 1e-30, 0.025), (5.0, 1e30, 0.025)):
+    moved = training.adversarial_weights()(jnp.full((2, 2), w), jnp.full((2, 2), g))
+    np.testing.assert_allclose(moved - w, want, rtol=1e-4)
+
+
+def test_labels_that_are_not_known_train_nothing_and_are_not_attacked():
+  seen = []
+
+  def view(key, predict, x, y):
+    seen.append(sorted(y))
+    return combine.identity(key, predict, x, y)
+
+  tx = optax.sgd(0.5)
+  model = lambda params, extra, x, train: (x @ params, extra)
+  known = jnp.array([[True, False], [True, True]])
+  results = []
+  for label in ([[1, 0], [0, 1]], [[1, 1], [0, 1]]):
+    batch = {"image": jnp.eye(2), "label": jnp.array(label), "mask": known}
+    for step in (
+      training.adversarial_step(model, tx, (view,), training.mean_cross_entropy),
+      training.train_step(model, tx, training.binary_cross_entropy),
+    ):
+      begun = training.init_state(jax.random.key(0), jnp.ones((2, 2)), {}, tx)
+      results.append(step(begun, batch)[0].params)
+  assert seen == [["label", "mask"]] * 2
+  helpers.assert_trees_equal(results[:2], results[2:])
+  assert (results[0] != 1).any()
+
+
+def test_pixels_that_are_not_known_train_nothing():
+  tx, batch = optax.sgd(0.5), masks(0)
+  known = jnp.ones(batch["label"].shape, bool).at[:, :4].set(False)
+  other = {**batch, "label": jnp.where(known, batch["label"], 1 - batch["label"])}
+  step = training.train_step(apply, tx)
+  one, two = (step(start(tx), {**b, "mask": known})[0] for b in (batch, other))
+  helpers.assert_trees_equal(one.params, two.params)
+  moving = training.train_step(apply, tx, augment=training.flips)
+  with pytest.raises(ValueError, match="`augment` would move images"):
+    moving(start(tx), {**batch, "mask": known})
 
 
 def test_the_step_is_taken_from_the_weights_with_the_gradient_beside_them():

@@ -556,3 +556,45 @@ def test_deepfool_is_an_attack_on_classes(label):
   images, model = helpers.stripes(4), helpers.convnet(classes=3, dense=label.ndim == 3)
   with pytest.raises(ValueError, match=r"rivals are those of classes: labels \(B,\)"):
     attacks.deepfool()(KEY, model, images, label)
+
+
+def test_labels_of_equal_rank_and_another_shape_are_refused():
+  """`(B, 1)`, as some packs store classes, is no label set of a model of 3 classes."""
+  images = helpers.stripes(4)
+  batch = {"image": images, "label": jnp.zeros((4, 1), int)}
+  for make in BOTH.values():
+    uap = make(0.1)
+    with pytest.raises(ValueError, match=r"labels have shape \(4, 1\)"):
+      uap.step(helpers.convnet(), uap.init(KEY, images[0]), batch)
+
+
+def test_the_mask_of_a_target_counts():
+  weights = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+  model = lambda x: x @ weights + jnp.array([[-1.0, 5.0]])  # the second never changes
+  batch = {"image": jnp.full((3, 2), 0.9), "label": jnp.ones((3, 2), int)}
+  batch["mask"] = jnp.zeros((3, 2), bool).at[:, 0].set(True)
+  uap = attacks.targeted_universal(0.5, target=jnp.zeros(2, int), num_steps=3)
+  state, _ = drive(uap, model, batch, 3)
+  assert uap.step(model, state, batch)[1]["success"] == 1
+
+
+def test_the_controls_run_on_label_sets():
+  images = helpers.stripes(4)
+  uap = attacks.random_universal(0.1)
+  batch = {"image": images, "label": jnp.zeros((4, 3), int)}
+  state, _ = uap.step(helpers.convnet(), uap.init(KEY, images[0]), batch)
+  np.testing.assert_array_equal(state.delta, uap.init(KEY, images[0]).delta)
+
+
+def test_an_inner_attack_gets_plain_labels():
+  seen = []
+
+  def inner(key, predict, x, y):
+    seen.append(y.shape)
+    return attacks.fgsm(0.1)(key, predict, x, 1 - y)
+
+  images = helpers.stripes(2)
+  uap = attacks.sequential_universal(0.1, attack=inner)
+  uap.step(helpers.convnet(classes=2), uap.init(KEY, images[0]), {"image": images})
+  assert seen
+  assert set(seen) == {(1,)}

@@ -256,7 +256,8 @@ def sequential_universal(
 
       def move():
         key = jax.random.fold_in(step_key, number)
-        result = attack(key, predict, start, jax.tree.map(lambda v: v[None], wish))
+        y = jax.tree.map(lambda v: v[None], wish)
+        result = attack(key, predict, start, y if "mask" in y else y["label"])
         moved = threat.project(delta + (result.image - start)[0], None)
         there = judge(decided(result.logits[0], wish))
         accepted = there & jnp.isfinite(moved).all()
@@ -318,7 +319,7 @@ def random_universal(
   threat = _threat(eps, norm, bounds)
   if kind == "sign":
     threat = threat._replace(init=functools.partial(_signs, eps, norm))
-  objective = Objective(losses.cross_entropy, prepare=targets.predictions)
+  objective = Objective(losses.task_loss, prepare=targets.predictions)
   return universal_attack(objective, threat, optax.set_to_zero(), random_start=True)
 
 
