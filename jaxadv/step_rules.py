@@ -68,6 +68,7 @@ RULES = {
   "constant 0.8": _constant(0.8),
   "constant 0.1": _constant(0.1),
   "falling 0.3": _falling(0.3),
+  "falling 1": _falling(1.0),
   "falling 3": _falling(3.0),
   "momentum 0.9": _falling(1.0, decay=0.9),
   "cap 12": _falling(1.0, _capped(12.0)),

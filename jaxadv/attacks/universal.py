@@ -65,9 +65,11 @@ def universal(
   Args:
     eps: radius.
     norm: of the ball.
-    step_size: in the norm, a number or an optax schedule; by default `eps`, falling to
-      0 along a cosine, where `num_steps` is given, and `0.3 * eps` where it is not.
-      Large first steps leave the class that the first batches happen to point at.
+    step_size: in the norm, a number or an optax schedule. By default `0.3 * eps`; where
+      `num_steps` is given it falls to 0 along a cosine, in L2 from `eps`, in Linf from
+      `0.3 * eps`, or from `4 * eps / num_steps` where that is more and up to `eps`.
+      Large first steps leave the class that the first batches happen to point at, but
+      in Linf, where every value takes the whole step, they may find no better one.
     num_steps: steps you are going to take; only the default step size reads it.
     decay: of the momentum; by default there is none.
     transform: in place of step size and momentum, such as `optax.adam(1e-3)`; it sees
@@ -340,7 +342,8 @@ def _ascent(eps, norm, step_size, num_steps, decay, transform):
   if step_size is None and num_steps is None:
     step_size = 0.3 * eps
   elif step_size is None:
-    step_size = optax.cosine_decay_schedule(eps, num_steps)
+    first = 1.0 if norm == "l2" else min(1.0, max(0.3, 4 / num_steps))
+    step_size = optax.cosine_decay_schedule(first * eps, num_steps)
   direction = optax.scale_by_sign() if norm == "linf" else transforms.normalize(2)
   step = optax.chain(direction, optax.scale_by_learning_rate(step_size))
   return optax.chain(momentum(0.0 if decay is None else decay), step)
