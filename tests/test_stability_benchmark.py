@@ -83,7 +83,9 @@ def test_the_command_keeps_its_victims_and_comparisons(
   monkeypatch.setattr(script, "compare", again)
   script.main([str(config), str(config), *words])
   both = capsys.readouterr().out
-  assert both.count(text) == 2
+  title, page = text.split("\n", 1)
+  assert both.startswith(f"{title}\n{page}{page}")
+  assert "Commit " in page
   gap = text.split("| `smia 0.5` |")[2].split(" |")[0].strip()  # of the harm
   assert both.count(f"| toy | `smia 0.5` | 2 | {gap} |") == 2
   assert "## All tasks" in both
