@@ -57,7 +57,7 @@ def cross_entropy(logits: Array, label: Any) -> Array:
   values = optax.softmax_cross_entropy_with_integer_labels(
     pw.logits(sample), sample.target["label"]
   )
-  return _mean(values, sample)
+  return pw.mean(values, sample)
 
 
 def binary_cross_entropy(logits: Array, label: Any) -> Array:
@@ -76,7 +76,7 @@ def binary_cross_entropy(logits: Array, label: Any) -> Array:
   """
   sample = decided(logits, label)
   values = optax.sigmoid_binary_cross_entropy(pw.logits(sample), sample.target["label"])
-  return _mean(values, sample)
+  return pw.mean(values, sample)
 
 
 def soft_dice(logits: Array, label: Any, *, smooth: float = 1.0) -> Array:
@@ -270,15 +270,11 @@ def misclassification_aware(beta: float | Array = 6.0) -> OuterLoss:
 
   def outer(logits, label):
     clean, attacked = _clean_and_attacked(logits, label)
-    unsure = -jnp.expm1(-pw.log_losses(clean))
+    unsure = 1e-7 - jnp.expm1(-pw.log_losses(clean))  # the published 1.0000001 - p_y
     drift = beta * unsure * pw.divergences(attacked)
     return pw.mean(pw.log_losses(attacked) + _rival(attacked) + drift, clean)
 
   return outer
-
-
-def _mean(values, sample):
-  return pw.mean(values, sample) if "mask" in sample.target else values.mean()
 
 
 def _rival(sample):

@@ -33,6 +33,9 @@ def predictions(predict: Predict, x: Images, y: Any) -> dict[str, Any]:
   none at all, means classes. Where `y` holds the decision already, as `y["decision"]`,
   no forward pass is spent. A `y["mask"]` of what counts stays.
 
+  Raises:
+    ValueError: for labels of the logits' rank and another shape, such as `(B, 1)`.
+
   Example:
     >>> predictions(lambda x: x, jnp.array([[0.1, 0.9]]), None)["label"].tolist()
     [1]
