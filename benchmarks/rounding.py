@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import attacks, data, job, masks, metrics, victim_job, victims
+from jaxadv import assessment, attacks, data, job, masks, metrics, victim_job
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
   options = parser.parse_args()
   run = job.prepare(options.config, out=options.out, overrides={"seed": options.seed})
   variables = victim_job.train(run.task).variables
-  predict = functools.partial(victims.predictor(run.experiment.model), variables)
+  predict = functools.partial(assessment.predictor(run.experiment.model), variables)
   x = jnp.asarray(data.as_float(run.test_set.images[: options.images]))
   if options.side:
     shape = (len(x), options.side, options.side, x.shape[-1])

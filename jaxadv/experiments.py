@@ -1,14 +1,16 @@
 """What a config builds, and how a config file is read.
 
 A config is a Python file with `get_config(*, quick=False)` that returns a `Recipe` (a
-victim to train), an `Experiment` (a victim and attacks) or a `UniversalStudy`. It
-builds its parts (model, optimizer, attacks) itself: no registry, no strings that name
-functions. `quick=True` asks for the same experiment in its smallest sensible form.
+victim to train), an `Experiment` (a victim and attacks), a `UniversalStudy` or a
+`DefenceStudy`. It builds its parts (model, optimizer, attacks) itself: no registry, no
+strings that name functions. `quick=True` asks for the same experiment in its smallest
+sensible form.
 """
 
 import ast
 import dataclasses
 import hashlib
+import math
 import pathlib
 import re
 import runpy
@@ -19,17 +21,23 @@ import jax
 import optax
 
 from jaxadv import training
+from jaxadv.defences import Defence
 from jaxadv.engine import Universal
 from jaxadv.types import AttackFn
 
 __all__ = [
+  "PLAIN",
   "Config",
   "ConfigError",
+  "DefenceStudy",
   "Experiment",
   "Recipe",
   "UniversalStudy",
   "load_config",
 ]
+
+
+PLAIN = "standard"  # the model without a defence
 
 
 class ConfigError(ValueError):
@@ -57,6 +65,12 @@ class Recipe:
     loss: one example's `(logits, label) -> scalar` for training; `None` for the usual
       one of masks, classes or label sets.
     augment: one example's `(key, image, label) -> (image, label)`, or `None`.
+    defence: of `jaxadv.defences`: the views it learns from, and the loss on them in
+      place of `loss`; `None` for plain training.
+    monitor: attack on the validation images at every checkpoint, so that the victim is
+      the checkpoint that scores best under it.
+    collapse: training stops where a checkpoint's score is by more than this below the
+      best one, as one-step adversarial training at times does.
     train_steps: optimizer steps.
     batch_size: images per optimizer step.
     balance: oversample rare classes until all come equally often.
@@ -80,6 +94,9 @@ class Recipe:
   side: int | None = None
   loss: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   augment: training.AugmentFn | None = training.flips
+  defence: Defence | None = None
+  monitor: AttackFn | None = None
+  collapse: float = math.inf
   train_steps: int = 300
   batch_size: int = 8
   balance: bool = False
@@ -100,6 +117,15 @@ class Recipe:
       raise ConfigError(
         f"`val_split` is {self.val_split!r}, which is trained on or attacked; write "
         "another part, or a `holdout`."
+      )
+    if self.defence is not None and self.loss is not None:
+      raise ConfigError("`loss` and `defence` are both set; the defence has its loss.")
+    if not self.collapse > 0:
+      raise ConfigError(f"`collapse` is {self.collapse}; write a fall above 0, as 0.2.")
+    watched = self.monitor is not None or self.collapse < math.inf
+    if watched and self.val_split is None and not self.holdout:
+      raise ConfigError(
+        "`monitor` and `collapse` need validation images; write a `holdout`, as 0.1."
       )
 
 
@@ -209,6 +235,59 @@ class UniversalStudy:
       raise ConfigError("`victims` learn from different data; give them one source.")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DefenceStudy:
+  """One network, trained plainly and with each defence, for several seeds.
+
+  Attributes:
+    recipe: of all of them; its monitor, with which only the defended are selected.
+    defences: name to defence.
+    seeds: of weights and batches; each gives one model of every kind.
+    eps: Linf radius at which all attacks are run and the numbers are put to the test.
+    radii: Linf radii of the white-box attacks; `eps` is among them.
+    num_images: test images that are attacked, of every class its share; `None` for all.
+
+  Raises:
+    ConfigError: without defences or seeds, for a name that makes no folder or is ours,
+      a negative or double seed, radii that are not positive or without `eps`, and a
+      count below 1.
+  """
+
+  recipe: Recipe
+  defences: Mapping[str, Defence]
+  seeds: tuple[int, ...] = (0, 1, 2)
+  eps: float = 2 / 255
+  radii: tuple[float, ...] = (1 / 255, 2 / 255, 4 / 255)
+  num_images: int | None = None
+
+  def __post_init__(self) -> None:
+    """Refuses numbers that cannot work."""
+    _check_names("defences", self.defences)
+    if PLAIN in self.defences:
+      raise ConfigError(f"`defences` has {PLAIN!r}, which is the plain model; rename.")
+    if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+      raise ConfigError(f"`seeds` is {self.seeds}; write different ones, as (0, 1, 2).")
+    if not all(eps > 0 for eps in self.radii) or self.eps not in self.radii:
+      raise ConfigError(
+        f"`radii` is {self.radii} and `eps` {self.eps}; write radii above 0, `eps` too."
+      )
+    if self.num_images is not None:
+      _check_counts(self, "num_images")
+
+  @property
+  def victims(self) -> dict[str, Recipe]:
+    """Name and seed to recipe: the plain model, then the defended ones."""
+    plain = dataclasses.replace(self.recipe, defence=None, monitor=None)
+    kinds = {PLAIN: plain}
+    for name, defence in self.defences.items():
+      kinds[name] = dataclasses.replace(self.recipe, defence=defence)
+    return {
+      f"{name} {seed}": dataclasses.replace(recipe, seed=seed)
+      for name, recipe in kinds.items()
+      for seed in self.seeds
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """A config file that was read: what it builds, and what it says.
@@ -217,7 +296,7 @@ class Config:
     name: the file's name without `.py`.
     text: the file.
     code: its statements without comments and docstring, by which two runs are compared.
-    experiment: a `Recipe`, an `Experiment` or a `UniversalStudy`.
+    experiment: a `Recipe`, an `Experiment`, a `UniversalStudy` or a `DefenceStudy`.
   """
 
   name: str
@@ -281,10 +360,10 @@ def _build(path, quick):
     experiment = names["get_config"](quick=quick)
   except Exception as error:  # a config may fail in any way
     raise ConfigError(f"config {path} failed: {_brief(error)}") from error
-  if not isinstance(experiment, Recipe | UniversalStudy):
+  if not isinstance(experiment, Recipe | UniversalStudy | DefenceStudy):
     raise ConfigError(
       f"get_config in {path} returned {type(experiment).__name__}; return a "
-      "jaxadv.experiments.Recipe, Experiment or UniversalStudy."
+      "jaxadv.experiments.Recipe, Experiment, UniversalStudy or DefenceStudy."
     )
   return experiment
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 import jaxadv
 from jaxadv import (
+  assessment,
   data,
   fingerprints,
   records,
@@ -32,7 +33,6 @@ from jaxadv import (
   summaries,
   trials,
   victim_job,
-  victims,
 )
 from jaxadv.experiments import Config, Experiment, load_config
 from jaxadv.progress import Progress, silent
@@ -162,7 +162,7 @@ def _check_images(test_set):
 
 def _victim(run):
   victim = victim_job.train(run.task, progress=run.progress)
-  masks = victims.predictions(victim.predict, victim.variables, run.test_set.images)
+  masks = assessment.predictions(victim.predict, victim.variables, run.test_set.images)
   return Victim(victim.variables, victim.predict, masks, victim.evaluation)
 
 
@@ -290,7 +290,7 @@ def _panels(run, victim, scene):
   rows = {(row["attack"], row["pair"]): row for row in _rows(run)}
   for name in run.experiment.attacks:
     images = np.stack([_read_image(_image_path(run, name, n)) for n in shown])
-    after = victims.predictions(victim.predict, victim.variables, images)
+    after = assessment.predictions(victim.predict, victim.variables, images)
     for number in shown:
       source, target = scene.pairs.source[number], scene.pairs.target[number]
       yield report.Panel(

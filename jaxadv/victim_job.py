@@ -16,8 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxadv import data, records, victims
-from jaxadv.experiments import Config, Recipe, UniversalStudy, load_config
+from jaxadv import assessment, data, records, victims
+from jaxadv.experiments import (
+  Config,
+  DefenceStudy,
+  Recipe,
+  UniversalStudy,
+  load_config,
+)
 from jaxadv.progress import Progress, silent
 
 __all__ = [
@@ -132,7 +138,7 @@ def prepare(
     config = load_config(config, quick=quick)
   folder = pathlib.Path(out or f"runs/{config.name}{'-quick' if quick else ''}")
   built = config.experiment
-  several = isinstance(built, UniversalStudy)
+  several = isinstance(built, UniversalStudy | DefenceStudy)
   recipes = built.victims if several else {config.name: built}
   recipes = {k: override(recipe, overrides or {}) for k, recipe in recipes.items()}
   parts = load(next(iter(recipes.values())), source)  # the victims of a study share it
@@ -237,7 +243,7 @@ def train(task: Task, *, progress: Progress = silent) -> Victim:
   """
   recipe, parts, folder, settings = task
   records.check_same_run(folder / "settings.json", settings)
-  predict = victims.predictor(recipe.model)
+  predict = assessment.predictor(recipe.model)
   try:
     variables, step, score = victims.train(
       recipe,
@@ -246,11 +252,11 @@ def train(task: Task, *, progress: Progress = silent) -> Victim:
       validation=parts.validation,
       progress=progress,
     )
-    evaluation = victims.assess(predict, variables, parts.test)
+    evaluation = assessment.assess(predict, variables, parts.test)
   except ValueError as error:
     raise JobError(f"{folder}: {error}") from error
   if parts.validation is not None:
-    name = f"validation_{victims.SCORES[parts.validation.kind]}"
+    name = f"validation_{assessment.SCORES[parts.validation.kind]}"
     known = float(score) if math.isfinite(score) else None
     evaluation |= {name: known, "selected_step": int(step)}
   records.write_json(folder / "results.json", evaluation)

@@ -1,51 +1,30 @@
-"""The victim: a Flax model trained by the plain step, resumable, and its evaluation.
+"""The victim: a Flax model, trained plainly or defended, and resumable.
 
 Works with any object that has Flax's `init(key, x)` and
 `apply(variables, x, train=..., mutable=...)`; Flax itself is not imported.
 
 With validation images the checkpoint carries the best variables so far beside the
-current ones: whatever moment a run is killed at, it goes on to the same choice.
+current ones, and the latest score: whatever moment a run is killed at, it goes on to
+the same choice, or sees that it had collapsed.
 """
 
 import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxadv import (
-  checkpoints,
-  data,
-  fingerprints,
-  loops,
-  masks,
-  metrics,
-  scores,
-  training,
-)
+from jaxadv import assessment, checkpoints, combine, data, fingerprints, loops, training
+from jaxadv.assessment import SCORES, predictor
 from jaxadv.experiments import Recipe
 from jaxadv.progress import Progress, silent
 from jaxadv.types import call
 
-__all__ = [
-  "SCORES",
-  "Trained",
-  "assess",
-  "describe",
-  "evaluate",
-  "flax_apply",
-  "outputs",
-  "predictions",
-  "predictor",
-  "train",
-]
+__all__ = ["Trained", "describe", "flax_apply", "outputs", "train"]
 
 Variables = dict[str, Any]
-# By the kind of label: the score that selects a victim, and the loss it learns by.
-SCORES = {"mask": "iou", "class": "balanced_accuracy", "set": "auroc"}
+# By the kind of label: the loss a victim learns by.
 _LOSSES = {
   "mask": training.dice_cross_entropy,
   "class": training.cross_entropy,
@@ -59,7 +38,8 @@ class Trained(NamedTuple):
   Attributes:
     variables: of the Flax module.
     step: int32, steps taken.
-    score: float32, on the validation images; `-inf` without any.
+    score: float32, on the validation images, as the monitor shows them; `-inf` without
+      any.
   """
 
   variables: Variables
@@ -68,10 +48,11 @@ class Trained(NamedTuple):
 
 
 class _State(NamedTuple):
-  """What a checkpoint holds; `best` is `None` without validation images."""
+  """What a checkpoint holds; without validation images the last two are `None`."""
 
   train: training.TrainState
   best: Trained | None
+  score: jax.Array | None  # of `train`
 
 
 def flax_apply(model: Any) -> training.ApplyFn:
@@ -114,6 +95,8 @@ def describe(
     "optimizer": _update_program(recipe, dataset),
     "loss": _named("loss", _loss(recipe, dataset), logits, label),
     "augment": augment and _named("augment", augment, jax.random.key(0), image, label),
+    "defence": _defence_program(recipe, dataset),
+    "monitor": _monitor_program(recipe, dataset),
     "train_steps": recipe.train_steps,
     "batch_size": recipe.batch_size,
     "balance": recipe.balance,
@@ -154,10 +137,11 @@ def train(
     recipe: the settings.
     dataset: training part, images `(N, H, W, C)`.
     folder: of the checkpoints.
-    validation: images on which every checkpoint is scored, by mean IoU of masks,
-      balanced accuracy of classes, mean AUROC of label sets. The victim is the
-      checkpoint that scores best, of equal ones the last. Never the test part: the
-      published code selects there, and its clean accuracies are flattered by it.
+    validation: images on which every checkpoint is scored, under `recipe.monitor` if
+      there is one, by mean IoU of masks, balanced accuracy of classes, mean AUROC of
+      label sets. The victim is the checkpoint that scores best, of equal ones the last,
+      and training stops where the score falls by `recipe.collapse`. Never the test
+      part: the published code selects there, and its accuracies are flattered by it.
     progress: shows the steps.
 
   Returns:
@@ -172,114 +156,11 @@ def train(
   if done is None:
     state = jax.jit(start)(_initial(recipe, dataset))
   else:
-    shapes = jax.eval_shape(recipe.model.init, jax.random.key(0), _example(dataset))
-    state = checkpoints.restore(folder, jax.eval_shape(start, shapes))
-  if (done or 0) < recipe.train_steps:
+    shapes = jax.eval_shape(start, _shapes(recipe, dataset))
+    state = checkpoints.restore(folder, shapes)
+  if (done or 0) < recipe.train_steps and not _collapsed(recipe, state):
     state = _fit(recipe, dataset, validation, folder, state, done or 0, progress)
   return state.best or _trained(state.train)
-
-
-def predictor(model: Any) -> Callable[[Variables, jax.Array], Any]:
-  """`(variables, images) -> (logits, features)` of a Flax module in evaluation mode."""
-  return functools.partial(model.apply, train=False)
-
-
-def predictions(
-  predict: Callable[[Variables, jax.Array], Any],
-  variables: Variables,
-  images: np.ndarray,
-  *,
-  batch_size: int = 8,
-) -> np.ndarray:
-  """The decided class of every image, or of each of its pixels.
-
-  Args:
-    predict: from `predictor`.
-    variables: of the module.
-    images: `(N, H, W, C)` uint8, or float in [0, 1].
-    batch_size: images per model call; the last batch is filled up.
-
-  Returns:
-    `(N,)` or `(N, H, W)` int32.
-  """
-  call = lambda batch: _decide(predict, variables, data.as_float(batch))
-  return loops.over_batches(call, images, size=batch_size)
-
-
-def assess(
-  predict: Callable[[Variables, jax.Array], Any],
-  variables: Variables,
-  dataset: data.Dataset,
-  *,
-  batch_size: int = 8,
-) -> dict[str, Any]:
-  """How good a victim is on labelled images, by the kind of their labels.
-
-  Args:
-    predict: from `predictor`.
-    variables: of the module.
-    dataset: what it is judged on.
-    batch_size: images per model call.
-
-  Returns:
-    For masks what `evaluate` gives, for classes `scores.classification`, for label sets
-    `scores.label_sets`.
-
-  Raises:
-    ValueError: where logits of classes or label sets are not finite.
-  """
-  if dataset.kind == "mask":
-    decided = predictions(predict, variables, dataset.images, batch_size=batch_size)
-    return evaluate(decided, dataset)
-  call = lambda batch: _answer(predict, variables, data.as_float(batch))
-  logits = loops.over_batches(call, dataset.images, size=batch_size)
-  broken = int((~np.isfinite(logits)).any(1).sum())
-  if broken:
-    raise ValueError(
-      f"on {broken} of {len(logits)} images the victim's logits are not finite; train "
-      "it anew, with a smaller learning rate."
-    )
-  report = scores.label_sets if dataset.kind == "set" else scores.classification
-  return report(logits, dataset.labels, dataset.class_names)
-
-
-def evaluate(prediction: np.ndarray, dataset: data.Dataset) -> dict[str, float]:
-  """Mean over the images of IoU, Dice and pixel accuracy against the labels.
-
-  Args:
-    prediction: `(N, H, W)` int.
-    dataset: labelled images.
-
-  Returns:
-    `{"iou", "dice", "pixel_accuracy", "images"}`. For more than two classes IoU and
-    Dice are means over the classes present in an image.
-  """
-  num_classes = len(dataset.class_names)
-
-  def one(mask, label):
-    return {
-      "iou": masks.iou(mask, label, num_classes),
-      "dice": metrics.dice(mask, label, num_classes),
-      "pixel_accuracy": masks.pixel_accuracy(mask, label),
-    }
-
-  measured = jax.jit(jax.vmap(one))(prediction, dataset.labels)
-  means = {name: float(value.mean()) for name, value in measured.items()}
-  return means | {"images": len(prediction)}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decide(predict, variables, images):
-  return jnp.argmax(_logits(predict(variables, images)), -1).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _answer(predict, variables, images):
-  return _logits(predict(variables, images))
-
-
-def _logits(out):
-  return out[0] if isinstance(out, tuple) else out
 
 
 def _loss(recipe, dataset):
@@ -307,12 +188,19 @@ def _start(recipe, selects, variables):
   key, variables = jax.random.key(recipe.seed), dict(variables)
   params = variables.pop("params")
   state = training.init_state(key, params, variables, recipe.optimizer)
-  return _State(state, _trained(state) if selects else None)
+  if not selects:
+    return _State(state, None, None)
+  return _State(state, _trained(state), jnp.float32(-jnp.inf))
 
 
 def _trained(state, score=-jnp.inf):
   variables = {"params": state.params, **state.extra}
   return Trained(variables, state.step, jnp.float32(score))
+
+
+def _collapsed(recipe, state):
+  """Whether the score fell too far below the best one to come back."""
+  return state.best is not None and state.best.score - state.score > recipe.collapse
 
 
 def _example(dataset):
@@ -321,26 +209,38 @@ def _example(dataset):
 
 def _fit(recipe, dataset, validation, folder, state, done, progress):
   """From checkpoint to checkpoint, so that a choice is stored with what it is among."""
-  step = training.train_step(
-    flax_apply(recipe.model),
+  step = _step(
+    recipe.model,
     recipe.optimizer,
     _loss(recipe, dataset),
-    augment=recipe.augment,
+    recipe.defence,
+    recipe.augment,
   )
-  step, predict = jax.jit(step), predictor(recipe.model)
+  judge = functools.partial(_judge, recipe, predictor(recipe.model), validation)
   batches = data.batches(
     dataset, recipe.batch_size, seed=recipe.seed, start=done, balance=recipe.balance
   )
   total, every = recipe.train_steps, recipe.checkpoint_every
   with progress("training", total, done) as advance:
-    while done < total:
+    while done < total and not _collapsed(recipe, state):
       count = min(every - done % every, total - done)
       on_step = functools.partial(_show, advance, state.best)
       last = loops.fit(step, state.train, batches, num_steps=count, on_step=on_step)
-      state = _State(last, _better(state.best, last, predict, validation))
+      state = judge(state.best, last)
       done += count
       checkpoints.save(folder, state, step=done)
   return state
+
+
+@functools.lru_cache(maxsize=2)  # one program for all seeds of a study
+def _step(model, optimizer, loss, defence, augment):
+  """The jitted step; it donates its state, whose memory the next one takes over."""
+  apply = flax_apply(model)
+  if defence is None:
+    step = training.train_step(apply, optimizer, loss, augment=augment)
+  else:
+    step = training.adversarial_step(apply, optimizer, *defence, augment=augment)
+  return jax.jit(step, donate_argnums=0)
 
 
 def _show(advance, best, n, state, metrics):
@@ -351,20 +251,27 @@ def _show(advance, best, n, state, metrics):
   advance(1, note)
 
 
-def _better(best, state, predict, validation):
-  """The best so far, or the state where it scores as well: it has learned longer."""
+def _judge(recipe, predict, validation, best, state):
+  """The state with its score, and the best: that state where it scores as well."""
   if best is None:
-    return None
-  found = assess(predict, _trained(state).variables, validation)
+    return _State(state, None, None)
+  found = assessment.assess(
+    predict,
+    _trained(state).variables,
+    validation,
+    attack=recipe.monitor or combine.identity,
+    seed=recipe.seed,
+  )
   score = found[SCORES[validation.kind]]
   now = _trained(state, -jnp.inf if score is None else score)
-  return now if now.score >= best.score else best
+  if now.score >= best.score:  # of equal ones the later: it has learned longer
+    best = jax.tree.map(jnp.copy, now)  # the step gives the memory of its state away
+  return _State(state, best, now.score)
 
 
 def _update_program(recipe, dataset):
   """Hash of the optimizer's update, where learning rates and schedules are literals."""
-  example = jax.eval_shape(lambda: _example(dataset))
-  params = jax.eval_shape(recipe.model.init, jax.random.key(0), example)["params"]
+  params = _shapes(recipe, dataset)["params"]
   state = jax.eval_shape(recipe.optimizer.init, params)
   return fingerprints.program(recipe.optimizer.update, params, state, params)
 
@@ -372,3 +279,35 @@ def _update_program(recipe, dataset):
 def _named(part, function, *arguments):
   name = getattr(function, "__qualname__", type(function).__name__)
   return f"{name} {_blamed(part, fingerprints.program, function, *arguments)}"
+
+
+def _defence_program(recipe, dataset):
+  """Hash of a whole training step: views and loss are closures in it."""
+  if recipe.defence is None:
+    return None
+  step = _step(recipe.model, recipe.optimizer, None, recipe.defence, recipe.augment)
+  start = functools.partial(_start, recipe, False)
+  state = jax.eval_shape(start, _shapes(recipe, dataset)).train
+  batch = {"image": _example(dataset), "label": jnp.asarray(dataset.labels[:1])}
+  return _blamed("defence", fingerprints.program, step, state, batch)
+
+
+def _monitor_program(recipe, dataset):
+  """Hash of what the monitor does to an image."""
+  if recipe.monitor is None:
+    return None
+
+  def show(variables, image, label):
+    predict = functools.partial(predictor(recipe.model), variables)
+    return recipe.monitor(jax.random.key(0), predict, image, label).image
+
+  arguments = _shapes(recipe, dataset), _example(dataset), dataset.labels[:1]
+  return _blamed("monitor", fingerprints.program, show, *arguments)
+
+
+def _logits(out):
+  return out[0] if isinstance(out, tuple) else out
+
+
+def _shapes(recipe, dataset):
+  return jax.eval_shape(recipe.model.init, jax.random.key(0), _example(dataset))

@@ -57,12 +57,13 @@ APPLICATION = {
   "__main__": {"cli"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
   | {"job", "universal_job", "universal_report", "victim_job"},
+  "assessment": LIBRARY,
   "crafting": LIBRARY | {"fingerprints"},
   "experiments": LIBRARY,
   "fingerprints": {"data"},
   "job": LIBRARY
-  | {"experiments", "progress", "records", "report", "summaries", "trials", "victims"}
-  | {"fingerprints", "victim_job"},
+  | {"experiments", "progress", "records", "report", "summaries", "trials"}
+  | {"assessment", "fingerprints", "victim_job"},
   "progress": set(),
   "records": set(),
   "report": LIBRARY | {"summaries", "records"},
@@ -75,8 +76,9 @@ APPLICATION = {
   | {"crafting", "experiments", "progress", "records", "report", "summaries"}
   | {"fingerprints", "universal_report", "victim_job", "victims"},
   "universal_report": LIBRARY | {"report"},
-  "victim_job": LIBRARY | {"experiments", "progress", "records", "victims"},
-  "victims": LIBRARY | {"experiments", "fingerprints", "progress"},
+  "victim_job": LIBRARY
+  | {"assessment", "experiments", "progress", "records", "victims"},
+  "victims": LIBRARY | {"assessment", "experiments", "fingerprints", "progress"},
 }
 # third-party packages that only some files may import
 ONLY = {

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from jaxadv import (
+  assessment,
   attacks,
   augment,
   combine,
@@ -48,7 +49,7 @@ def victim():
   step = jax.jit(training.train_step(apply, tx, training.cross_entropy))
   state = loops.fit(step, state, data.batches(train, 12, seed=0), num_steps=60)
   subject = crafting.subject(
-    victims.predictor(model), {"params": state.params}, train, colors(96, 1)
+    assessment.predictor(model), {"params": state.params}, train, colors(96, 1)
   )
   schedule = retraining.Schedule(
     apply, optax.adam(3e-3), augment.affine(), False, 80, 12, functools.partial(

@@ -15,7 +15,19 @@ import numpy as np
 import optax
 import pytest
 
-from jaxadv import checkpoints, cli, data, experiments, training, victim_job, victims
+from jaxadv import (
+  assessment,
+  attacks,
+  checkpoints,
+  cli,
+  combine,
+  data,
+  defences,
+  experiments,
+  training,
+  victim_job,
+  victims,
+)
 from jaxadv.models import ConvNet, UNet
 
 CONFIG = """
@@ -136,8 +148,8 @@ def test_the_best_checkpoint_is_the_victim_and_not_the_last(tmp_path):
     return victims.train(changed, parts.train, folder, validation=validation)
 
   def score(variables):
-    predict = victims.predictor(recipe.model)
-    return victims.assess(predict, variables, parts.validation)["balanced_accuracy"]
+    predict = assessment.predictor(recipe.model)
+    return assessment.assess(predict, variables, parts.validation)["balanced_accuracy"]
 
   # Every candidate, as a training of its own that is selected on nothing.
   last = {n: train(f"to {n}", n, None).variables for n in range(6, 49, 6)}
@@ -215,6 +227,9 @@ def test_another_augmentation_loss_or_selection_is_another_victim(tmp_path):
   assert differs(augment=None) == {"augment"}
   assert differs(balance=False) == {"balance"}
   assert differs(loss=training.dice_cross_entropy) == {"loss"}
+  eps = 0.1
+  assert differs(defence=defences.mart(eps)) == {"defence"}
+  assert differs(monitor=attacks.pgd(eps)) == {"monitor"}
   assert differs(checkpoint_every=5) == {"selected_on"}
   assert differs(holdout=0.5) == {"selected_on", "train_data"}
   assert differs(holdout=0.0) == {"selected_on", "train_data"}
@@ -227,6 +242,7 @@ BAD = [
   ({"arrays": stripes(n=19)}, [], "training images are fewer than a batch of 6; lower"),
   ({"arrays": stripes("set"), "classes": 2}, [], "balance needs one class per image"),
   ({"extra": "val_split='val'"}, [], "`val_split` and `holdout` are both set"),
+  ({"extra": "collapse=0.0"}, [], "`collapse` is 0.0; write a fall above 0"),
   ({}, ["--pairs", "3"], "a Recipe has no num_pairs; leave the option out"),
   ({}, ["--steps", "0"], "`train_steps` is 0; write 1 or more"),
   ({}, ["--data", "missing"], "no file at 'missing'"),
@@ -357,3 +373,59 @@ def test_a_real_label_set(tmp_path):
   assert len(found["classes"]) == 14
   assert found["classes"]["Hernia"]["auroc"] is None
   assert found["images"] == len(data.load(recipe.data[0], split="test").images)
+
+
+def rising(eps):
+  """A fast defence on stripes, watched by a longer attack."""
+  return {
+    "defence": defences.fast_adversarial_training(eps),
+    "monitor": attacks.pgd(eps, num_steps=5),
+  }
+
+
+def test_a_defended_victim_is_the_checkpoint_that_scores_best_under_the_monitor(
+  tmp_path,
+):
+  write(tmp_path)
+  recipe = fading_recipe(tmp_path / "stripes.npz", **rising(8 / 255))
+  parts = victim_job.load(recipe)
+  found = victims.train(
+    recipe, parts.train, tmp_path / "run", validation=parts.validation
+  )
+
+  def score(attack):
+    return assessment.assess(
+      assessment.predictor(recipe.model),
+      found.variables,
+      parts.validation,
+      attack=attack,
+    )["balanced_accuracy"]
+
+  assert 0 < int(found.step) < 48
+  assert float(found.score) == pytest.approx(score(recipe.monitor))
+  assert score(recipe.monitor) < score(combine.identity)
+
+
+def test_a_collapsed_training_stops_and_stays_stopped(tmp_path):
+  write(tmp_path)
+  recipe = fading_recipe(
+    tmp_path / "stripes.npz", train_steps=90, collapse=0.2, **rising(4 / 255)
+  )
+  parts = victim_job.load(recipe)
+  folder = tmp_path / "run"
+  train = functools.partial(
+    victims.train, recipe, parts.train, folder, validation=parts.validation
+  )
+  found = train()
+  stopped = checkpoints.latest(folder)
+  assert 36 < stopped < 90  # the steps are far too large from 36 on
+  helpers.assert_trees_equal(train(), found)
+  assert checkpoints.latest(folder) == stopped
+
+
+def test_what_watches_needs_images_to_watch(tmp_path):
+  for field in ({"monitor": attacks.pgd(0.1)}, {"collapse": 0.2}):
+    with pytest.raises(experiments.ConfigError, match=r"need validation images"):
+      fading_recipe(tmp_path, holdout=0.0, **field)
+  with pytest.raises(experiments.ConfigError, match=r"`loss` and `defence`"):
+    fading_recipe(tmp_path, loss=training.focal(2.0), defence=defences.mart(0.1))

@@ -1,0 +1,25 @@
+"""Defences of a network that names the modality of a medical image.
+
+Paper: Xu, Zhang, Zhang, "Towards evaluating the robustness of deep diagnostic models by
+adversarial attack", Medical Image Analysis 69 (2021), with a small network from nothing
+in place of ImageNet weights, and radii in units of the pixel.
+Data: MedNIST pack, 480 train and 118 test images of 64 pixels, grey.
+Expected: docs/defences.md. Time: not measured yet.
+"""
+
+from jaxadv import augment, studies
+from jaxadv.experiments import DefenceStudy
+
+
+def get_config(*, quick: bool = False) -> DefenceStudy:
+  """The plain model, MAAdvT, MPAdvT, and what they are compared with."""
+  return studies.defence_study(
+    6,
+    "mednist_modality_64.npz",
+    eps=4 / 255,
+    quick=quick,
+    depth=4,
+    holdout=0.15,
+    augment=augment.affine(),
+    balance=True,
+  )

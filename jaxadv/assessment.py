@@ -1,0 +1,156 @@
+"""How good a Flax model is on labelled images, clean or under an attack."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadv import combine, data, loops, masks, metrics, scores
+from jaxadv.types import AttackFn, call
+
+__all__ = ["SCORES", "answers", "assess", "evaluate", "predictions", "predictor"]
+
+Variables = dict[str, Any]
+Predictor = Callable[[Variables, jax.Array], Any]
+# By the kind of label: the score that selects a model.
+SCORES = {"mask": "iou", "class": "balanced_accuracy", "set": "auroc"}
+
+
+def predictor(model: Any) -> Predictor:
+  """`(variables, images) -> (logits, features)` of a Flax module in evaluation mode."""
+  return functools.partial(model.apply, train=False)
+
+
+def predictions(
+  predict: Predictor,
+  variables: Variables,
+  images: np.ndarray,
+  *,
+  batch_size: int = 8,
+) -> np.ndarray:
+  """The decided class of every image, or of each of its pixels.
+
+  Args:
+    predict: from `predictor`.
+    variables: of the module.
+    images: `(N, H, W, C)` uint8, or float in [0, 1].
+    batch_size: images per model call; the last batch is filled up.
+
+  Returns:
+    `(N,)` or `(N, H, W)` int32.
+  """
+  decide = lambda batch: _decide(predict, variables, data.as_float(batch))
+  return loops.over_batches(decide, images, size=batch_size)
+
+
+def answers(
+  predict: Predictor,
+  variables: Variables,
+  dataset: data.Dataset,
+  *,
+  attack: AttackFn = combine.identity,
+  seed: int = 0,
+  batch_size: int = 8,
+) -> np.ndarray:
+  """The logits on images of a data set as an attack shows them.
+
+  Args:
+    predict: from `predictor`.
+    variables: of the module.
+    dataset: images and labels, which the attack gets.
+    attack: image `i` draws from `fold_in(key(seed), i)`, whatever the batches.
+    seed: of the attack.
+    batch_size: images per model call; the last batch is filled up.
+
+  Returns:
+    `(N, ...)` float.
+  """
+  key = jax.random.key(seed)
+  answer = lambda ids, images, labels: _answer(
+    predict, attack, variables, key, ids, data.as_float(images), labels
+  )
+  ids = np.arange(len(dataset.images), dtype=np.int32)
+  return loops.over_batches(
+    answer, ids, dataset.images, dataset.labels, size=batch_size
+  )
+
+
+def assess(
+  predict: Predictor,
+  variables: Variables,
+  dataset: data.Dataset,
+  *,
+  attack: AttackFn = combine.identity,
+  seed: int = 0,
+  batch_size: int = 8,
+) -> dict[str, Any]:
+  """How good a model is on labelled images, by the kind of their labels.
+
+  Args:
+    predict: from `predictor`.
+    variables: of the module.
+    dataset: what it is judged on.
+    attack: what the images go through before.
+    seed: of the attack.
+    batch_size: images per model call.
+
+  Returns:
+    For masks what `evaluate` gives, for classes `scores.classification`, for label sets
+    `scores.label_sets`.
+
+  Raises:
+    ValueError: where logits of classes or label sets are not finite.
+  """
+  logits = answers(
+    predict, variables, dataset, attack=attack, seed=seed, batch_size=batch_size
+  )
+  if dataset.kind == "mask":
+    return evaluate(logits.argmax(-1), dataset)
+  broken = int((~np.isfinite(logits)).any(1).sum())
+  if broken:
+    raise ValueError(
+      f"on {broken} of {len(logits)} images the victim's logits are not finite; train "
+      "it anew, with a smaller learning rate."
+    )
+  report = scores.label_sets if dataset.kind == "set" else scores.classification
+  return report(logits, dataset.labels, dataset.class_names)
+
+
+def evaluate(prediction: np.ndarray, dataset: data.Dataset) -> dict[str, float]:
+  """Mean over the images of IoU, Dice and pixel accuracy against the labels.
+
+  Args:
+    prediction: `(N, H, W)` int.
+    dataset: labelled images.
+
+  Returns:
+    `{"iou", "dice", "pixel_accuracy", "images"}`. For more than two classes IoU and
+    Dice are means over the classes present in an image.
+  """
+  num_classes = len(dataset.class_names)
+
+  def one(mask, label):
+    return {
+      "iou": masks.iou(mask, label, num_classes),
+      "dice": metrics.dice(mask, label, num_classes),
+      "pixel_accuracy": masks.pixel_accuracy(mask, label),
+    }
+
+  measured = jax.jit(jax.vmap(one))(prediction, dataset.labels)
+  means = {name: float(value.mean()) for name, value in measured.items()}
+  return means | {"images": len(prediction)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decide(predict, variables, images):
+  logits, _ = call(functools.partial(predict, variables), images)
+  return jnp.argmax(logits, -1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _answer(predict, attack, variables, key, ids, images, labels):
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+  return attack(keys, functools.partial(predict, variables), images, labels).logits
