@@ -16,6 +16,16 @@ PUBLISHED = {
   "resnet50 of Keras": (models.resnet50, {"variant": "keras"}, 25_583_592, 1),
   "vgg16": (models.vgg16, {"head": "dense"}, 138_357_544, 32),
   "vgg19": (models.vgg19, {"head": "dense"}, 143_667_240, 32),
+  # VGG16-BN without its dense layers, two gates (two projections and phi), one layer
+  "attn_vgg": (
+    models.AttnVGG,
+    {},
+    14_723_136
+    + (256 * 256 + 512 * 256 + 257)
+    + (512 * 256 + 512 * 256 + 257)
+    + (1280 * 1000 + 1000),
+    32,
+  ),
   "densenet121": (models.densenet121, {}, 7_978_856, 29),
   "densenet169": (models.densenet169, {}, 14_149_480, 29),
   # torchvision's without its auxiliary head of 3,326,696
@@ -28,6 +38,7 @@ SMALL = {
   "resnet18": models.ResNet(3, (1, 1, 1, 1), bottleneck=False, width=0.125),
   "resnet50": models.ResNet(3, (1, 1, 1, 1), width=0.125),
   "vgg": models.VGG(3, (1, 1, 1, 1, 1), width=0.125, head="dense"),
+  "attn_vgg": models.AttnVGG(3, width=0.125),
   "densenet": models.DenseNet(3, (1, 1, 1, 1), width=0.25),
   "inception_v3": models.InceptionV3(3, width=0.125, padding="SAME"),
   "efficientnet_lite0": models.EfficientNetLite0(3, width=0.25),

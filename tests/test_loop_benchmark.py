@@ -57,6 +57,7 @@ SMALL = {
   "resnet50": models.ResNet(blocks=(1, 1, 1, 1), width=0.125),
   "resnet50 of Keras": models.ResNet(blocks=(1, 1, 1, 1), width=0.125, variant="keras"),
   "vgg": models.VGG(convolutions=(1, 1, 1, 1, 1), width=0.125),
+  "attn_vgg": models.AttnVGG(width=0.125),
   "densenet": models.DenseNet(blocks=(1, 1, 1, 1), width=0.25),
   "inception_v3": models.InceptionV3(width=0.125),
   "inception_v3 padded": models.InceptionV3(width=0.125, padding="SAME"),

@@ -1,5 +1,6 @@
 """Flax models that return `(logits, features)` and are fast inside compiled loops."""
 
+from jaxadv.models.attn_vgg import AttnVGG
 from jaxadv.models.convnet import ConvNet
 from jaxadv.models.convolution import conv_general_dilated
 from jaxadv.models.densenet import DenseNet, densenet121, densenet169
@@ -12,6 +13,7 @@ from jaxadv.models.vgg import VGG, vgg16, vgg19
 
 __all__ = [
   "VGG",
+  "AttnVGG",
   "ConvNet",
   "DenseNet",
   "EfficientNetLite0",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from jaxadv.models import (
+  attn_vgg,
   densenet,
   efficientnet,
   inception,
@@ -50,6 +51,8 @@ def keras_namer(model: nn.Module) -> Namer:
 def torch_namer(model: nn.Module) -> Namer:
   """From our path of a layer to its name in the state dict of torchvision.
 
+  That of an `AttnVGG` is its authors'.
+
   Raises:
     ValueError: for a model that torchvision does not have.
 
@@ -62,6 +65,8 @@ def torch_namer(model: nn.Module) -> Namer:
       return _resnet_torch
     case vgg.VGG():
       return lambda path: _vgg_torch(model, path)
+    case attn_vgg.AttnVGG():
+      return _attn_vgg_torch
     case densenet.DenseNet():
       return _densenet_torch
     case inception.InceptionV3():
@@ -97,6 +102,8 @@ def head_name(model: nn.Module, framework: str) -> str:
     return "fc"
   if isinstance(model, vgg.VGG):
     return "classifier.6"
+  if isinstance(model, attn_vgg.AttnVGG):
+    return "cls"
   return "classifier" if isinstance(model, densenet.DenseNet) else "fc"
 
 
@@ -142,6 +149,16 @@ def _vgg_torch(model, path):
   before = sum(model.convolutions[: int(stage) - 1]) + int(k) - 1
   each = 2 if model.norm == "none" else 3
   return f"features.{each * before + int(stage) - 1 + (kind == 'norm')}"
+
+
+def _attn_vgg_torch(path):
+  """One `Sequential` per stage, numbered anew; the parts of a gate have names."""
+  if path.startswith("gate"):
+    gate, part = _groups(r"gate(\d)/(local|global|phi)", path)
+    theirs = {"local": "W_l", "global": "W_g", "phi": "phi"}
+    return f"attn{gate}.{theirs[part]}"
+  stage, k, kind = _groups(r"stage(\d)_conv(\d)/(\w+)", path)
+  return f"conv_block{stage}.{3 * (int(k) - 1) + (kind == 'norm')}"
 
 
 def _densenet_keras(path):

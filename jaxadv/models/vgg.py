@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxadv.models import convolution, layers, preprocessing
 
-__all__ = ["VGG", "HeadName", "vgg16", "vgg19"]
+__all__ = ["VGG", "HeadName", "stages", "vgg16", "vgg19"]
 
 HeadName = Literal["pooled", "dense"]
 _CHANNELS = (64, 128, 256, 512, 512)
@@ -80,14 +80,8 @@ class VGG(nn.Module):
     layers.check_image(image, 32)
     x = preprocessing.preprocess(image, self.preprocess)
     style = layers.Style(self.norm, dtype=self.dtype)
-    features = {}
-    plan = zip(_CHANNELS, self.convolutions, strict=True)
-    for stage, (channels, count) in enumerate(plan, 1):
-      for k in range(1, count + 1):
-        n, name = layers.scaled(channels, self.width), f"stage{stage}_conv{k}"
-        x = layers.ConvNorm(n, 3, style, name=name)(x, train)
-      features[f"stage{stage}"] = x
-      x = convolution.max_pool(x)
+    features, pools = stages(x, train, self.width, style, counts=self.convolutions)
+    x = pools[-1]
     features["pooled"] = x.mean((1, 2))
     last = features["pooled"] if self.head == "pooled" else self._hidden(x)
     return layers.head(last, self.num_classes), features
@@ -103,6 +97,37 @@ class VGG(nn.Module):
       hidden = layers.scaled(_HIDDEN, self.width)
       x = nn.relu(nn.Dense(hidden, dtype=self.dtype, name=name)(x))
     return x
+
+
+def stages(
+  x: jax.Array,
+  train: bool,
+  width: float,
+  style: layers.Style,
+  *,
+  counts: Sequence[int],
+) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+  """The five stages; only inside a compact `__call__`.
+
+  Args:
+    x: `(B, H, W, C)`, preprocessed.
+    train: see `VGG`.
+    width: factor on all channels.
+    style: norm, bias and dtype.
+    counts: convolutions per stage.
+
+  Returns:
+    The features `stage1` .. `stage5` before their pools, and the five maps after them.
+  """
+  features, pools = {}, []
+  for stage, (channels, count) in enumerate(zip(_CHANNELS, counts, strict=True), 1):
+    for k in range(1, count + 1):
+      n, name = layers.scaled(channels, width), f"stage{stage}_conv{k}"
+      x = layers.ConvNorm(n, 3, style, name=name)(x, train)
+    features[f"stage{stage}"] = x
+    x = convolution.max_pool(x)
+    pools.append(x)
+  return features, pools
 
 
 def vgg16(num_classes: int = 2, **options: Any) -> VGG:
