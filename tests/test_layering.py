@@ -46,6 +46,7 @@ ALLOWED = {
   "loops": {"types"},
   "checkpoints": {"types"},
   "metrics": GROUND | {"types"},
+  "budgets": {"inputs"},
   "outcomes": set(),
   "scores": set(),
   "checks": GROUND | {"types"},

@@ -13,6 +13,7 @@ from jaxadv import (
   Objective,
   attacks,
   augment,
+  budgets,
   combine,
   defences,
   forwards,
@@ -33,6 +34,7 @@ NAMES = {
   "attacks": attacks,
   "augment": augment,
   "apply": lambda params, extra, x, train: (helpers.convnet()(x + params)[0], extra),
+  "budgets": budgets,
   "combine": combine,
   "defences": defences,
   "dense": lambda params, extra, x, train: (
