@@ -85,11 +85,13 @@ ROWS = (
   Row("cos_pgd", _of("cos_pgd", num_steps=STEPS, targeted=True), "mask", 0.05, "linf"),
   Row("smia", _of("smia", num_steps=STEPS), "class", 0.05, "linf"),
   Row("smia", _of("smia", num_steps=STEPS, targeted=True), "mask", 0.05, "linf"),
+  Row("square", _of("square", num_steps=60), "class", 0.05, "linf"),
   Row("fgsm", _of("fgsm"), "set", 0.05, "linf"),
   Row("pgd", _of("pgd", num_steps=STEPS), "set", 0.05, "linf"),
   Row("mi_fgsm", _of("mi_fgsm", num_steps=STEPS), "set", 0.05, "linf"),
   Row("apgd", _of("apgd", num_steps=STEPS), "set", 0.05, "linf"),
   Row("smia", _of("smia", num_steps=STEPS), "set", 0.05, "linf"),
+  Row("square", _of("square", num_steps=60), "set", 0.05, "linf"),
   Row("asma", _of("asma", "tau", beta=0.1, **_EASY), "mask", 0.02),
   Row(
     "asma_calibrated",

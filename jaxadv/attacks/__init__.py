@@ -10,6 +10,7 @@ from jaxadv.attacks.mafl import mafl, mafl_linf, mafl_literal
 from jaxadv.attacks.msa import msa, msa_literal
 from jaxadv.attacks.segmentation import cos_pgd, seg_pgd
 from jaxadv.attacks.smia import smia
+from jaxadv.attacks.square import square
 from jaxadv.attacks.universal import (
   random_universal,
   sequential_universal,
@@ -36,6 +37,7 @@ __all__ = [
   "seg_pgd",
   "sequential_universal",
   "smia",
+  "square",
   "targeted_universal",
   "ti_fgsm",
   "universal",
