@@ -68,11 +68,13 @@ APPLICATION = {
   "progress": set(),
   "records": set(),
   "report": LIBRARY | {"summaries", "records"},
+  "robustness": LIBRARY | {"summaries"},
   "retraining": LIBRARY | {"crafting"},
   "step_rules": LIBRARY,
   "studies": LIBRARY | {"experiments", "step_rules"},
   "summaries": LIBRARY | {"records"},
   "trials": LIBRARY | {"experiments"},
+  "trust": LIBRARY | {"robustness"},
   "universal_job": LIBRARY
   | {"crafting", "experiments", "progress", "records", "report", "summaries"}
   | {"fingerprints", "universal_report", "victim_job", "victims"},
