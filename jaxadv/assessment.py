@@ -19,8 +19,12 @@ Predictor = Callable[[Variables, jax.Array], Any]
 SCORES = {"mask": "iou", "class": "balanced_accuracy", "set": "auroc"}
 
 
+@functools.cache
 def predictor(model: Any) -> Predictor:
-  """`(variables, images) -> (logits, features)` of a Flax module in evaluation mode."""
+  """`(variables, images) -> (logits, features)` of a Flax module in evaluation mode.
+
+  Of equal modules it is the same function, whose compiled programs serve all of them.
+  """
   return functools.partial(model.apply, train=False)
 
 

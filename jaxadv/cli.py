@@ -1,4 +1,4 @@
-"""The command line: `jaxadv attack`, `jaxadv uap` and `jaxadv train`."""
+"""The command line: `jaxadv attack`, `uap`, `defend` and `train`."""
 
 import argparse
 import importlib.util
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   refused = (experiments.ConfigError, job.JobError, records.RecordError)
   try:
-    commands = {"attack": _attack, "train": _train, "uap": _uap}
+    commands = {"attack": _attack, "defend": _defend, "train": _train, "uap": _uap}
     return commands[options.command](options)
   except refused as error:
     return _refuse(str(error))
@@ -79,6 +79,17 @@ def _uap(options):
 
   run = universal_job.prepare(options.config, **_settings(options))
   _show(*universal_report.table(universal_job.craft(run)))
+  return _done(run.folder / "report.html")
+
+
+def _defend(options):
+  from jaxadv import defence_job, defence_report
+
+  run = defence_job.prepare(options.config, **_settings(options))
+  results = defence_job.defend(run)
+  _show(*defence_report.table(results))
+  for model, check, evidence in defence_report.verdicts(results):
+    print(f"unreliable: {model} fails {check!r}: {evidence}")
   return _done(run.folder / "report.html")
 
 
@@ -140,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
   for name, meaning in (
     ("attack", "train the victim or load it, attack it, write the report"),
     ("uap", "craft universal perturbations against classifiers, write the report"),
+    ("defend", "train models with and without defences, attack them, write the report"),
     ("train", "train and evaluate the victims of any config, and nothing else"),
   ):
     _add_options(commands.add_parser(name, help=meaning, allow_abbrev=False))

@@ -23,6 +23,7 @@ import optax
 from jaxadv import training
 from jaxadv.defences import Defence
 from jaxadv.engine import Universal
+from jaxadv.robustness import Effort
 from jaxadv.types import AttackFn
 
 __all__ = [
@@ -246,6 +247,7 @@ class DefenceStudy:
     eps: Linf radius at which all attacks are run and the numbers are put to the test.
     radii: Linf radii of the white-box attacks; `eps` is among them.
     num_images: test images that are attacked, of every class its share; `None` for all.
+    effort: steps, restarts and queries of the attacks; see `robustness.Effort`.
 
   Raises:
     ConfigError: without defences or seeds, for a name that makes no folder or is ours,
@@ -259,6 +261,7 @@ class DefenceStudy:
   eps: float = 2 / 255
   radii: tuple[float, ...] = (1 / 255, 2 / 255, 4 / 255)
   num_images: int | None = None
+  effort: Effort | None = None
 
   def __post_init__(self) -> None:
     """Refuses numbers that cannot work."""

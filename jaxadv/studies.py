@@ -11,6 +11,7 @@ from jaxadv import attacks, augment, data, defences, line_search, models, threat
 from jaxadv.defences import Defence
 from jaxadv.experiments import DefenceStudy, Recipe, UniversalStudy
 from jaxadv.models import convert
+from jaxadv.robustness import Effort
 from jaxadv.step_rules import RULES
 from jaxadv.types import AttackFn
 
@@ -345,6 +346,7 @@ def defence_study(
     eps=eps,
     radii=(eps,) if quick else tuple(sorted({1 / 255, 2 / 255, 4 / 255, eps})),
     num_images=16 if quick else 128,
+    effort=Effort(5, 2, 10, 0.5, 10, 50) if quick else None,
   )
 
 

@@ -28,8 +28,7 @@ def test_there_is_a_config_per_paper():
 
 def recipes(config):
   built = config.experiment
-  several = isinstance(built, experiments.UniversalStudy)
-  return list(built.victims.values()) if several else [built]
+  return [built] if isinstance(built, experiments.Recipe) else [*built.victims.values()]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

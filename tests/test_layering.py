@@ -57,10 +57,15 @@ LIBRARY = {*ALLOWED, "jaxadv"}  # `import jaxadv` reads the version
 APPLICATION = {
   "__main__": {"cli"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
-  | {"job", "universal_job", "universal_report", "victim_job"},
+  | {"job", "universal_job", "universal_report", "victim_job"}
+  | {"defence_job", "defence_report"},
   "assessment": LIBRARY,
   "crafting": LIBRARY | {"fingerprints"},
-  "experiments": LIBRARY,
+  "defence_job": LIBRARY
+  | {"defence_report", "experiments", "fingerprints", "progress", "records"}
+  | {"robustness", "summaries", "trust", "victim_job"},
+  "defence_report": LIBRARY | {"report", "summaries"},
+  "experiments": LIBRARY | {"robustness"},
   "fingerprints": {"data"},
   "job": LIBRARY
   | {"experiments", "progress", "records", "report", "summaries", "trials"}
@@ -71,7 +76,7 @@ APPLICATION = {
   "robustness": LIBRARY | {"summaries"},
   "retraining": LIBRARY | {"crafting"},
   "step_rules": LIBRARY,
-  "studies": LIBRARY | {"experiments", "step_rules"},
+  "studies": LIBRARY | {"experiments", "robustness", "step_rules"},
   "summaries": LIBRARY | {"records"},
   "trials": LIBRARY | {"experiments"},
   "trust": LIBRARY | {"robustness"},

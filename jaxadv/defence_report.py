@@ -1,0 +1,135 @@
+"""What people look at after `jaxadv defend`: the table, the curves, the report page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxadv import report, summaries
+
+__all__ = ["SCORES", "gains", "page", "table", "verdicts"]
+
+# Views that are shown at every radius, as the tables name them.
+_SHOWN = {"pgd": "PGD", "apgd": "APGD"}
+# By the kind of label, the scores that tables are made of, and in words; one leads.
+SCORES = {
+  "class": {"accuracy": "Right decisions"},
+  "set": {"auroc": "AUROC, mean over the findings", "accuracy": "Right labels"},
+}
+
+
+def table(
+  results: Mapping[str, Any], score: str | None = None
+) -> tuple[list[str], list[list[str]]]:
+  """Heads and lines, one line per kind of model: means over its seeds, in percent.
+
+  Behind the mean stands half of its 95 % interval over the seeds, if there are several.
+
+  Args:
+    results: what `results.json` holds.
+    score: one of `SCORES`; the leading one by default.
+
+  Returns:
+    Heads and lines.
+  """
+  kinds = list(dict.fromkeys(row["kind"] for row in results["rows"]))
+  score = _leading(results) if score is None else score
+  columns = _columns(results)
+  heads = ["model", "gradients", *(head for head, _, _ in columns), "checks passed"]
+  lines = []
+  for kind in kinds:
+    cells = [
+      _percent(_values(results, kind, eps, f"{score} {view}"))
+      for _, eps, view in columns
+    ]
+    passed = [all(c["passed"] for c in checks) for checks in _judged(results, kind)]
+    gradients = str(results["gradients"].get(kind, 0))
+    lines.append([kind, gradients, *cells, f"{sum(passed)}/{len(passed)}"])
+  return heads, lines
+
+
+def gains(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+  """Heads and lines: points won under attack and lost without, against the plain model.
+
+  Differences of models of one seed, so that what the seeds share does not count; behind
+  the mean half of its 95 % interval.
+
+  Args:
+    results: what `results.json` holds.
+
+  Returns:
+    Heads and lines, one line per defence; at the radius of the study.
+  """
+  eps, score = results["eps"], _leading(results)
+  kinds = list(dict.fromkeys(row["kind"] for row in results["rows"]))
+  views = {"clean": "clean", **_SHOWN, "worst": "worst of all"}
+  plain, *defended = (
+    {view: _values(results, kind, eps, f"{score} {view}") for view in views}
+    for kind in kinds
+  )
+  lines = [
+    [kind, *(_percent(np.subtract(found[view], plain[view])) for view in views)]
+    for kind, found in zip(kinds[1:], defended, strict=True)
+  ]
+  return ["points against the plain model", *views.values()], lines
+
+
+def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+  """Model, check and evidence of every check that failed."""
+  return [
+    (model, check["name"], check["evidence"])
+    for model, checks in results["checks"].items()
+    for check in checks
+    if not check["passed"]
+  ]
+
+
+def page(results: Mapping[str, Any]) -> str:
+  """The report as one HTML file without any external resource."""
+  heads, lines = table(results)
+  return report.render(
+    "defences.html.jinja",
+    results=results,
+    heads=heads,
+    lines=lines,
+    failed=verdicts(results),
+    gains=gains(results),
+    score=SCORES[results["labels"]][_leading(results)],
+    rows=results["rows"],
+    names=max(results["rows"], key=len),
+  )
+
+
+def _leading(results):
+  return next(iter(SCORES[results["labels"]]))
+
+
+def _columns(results):
+  """Head, radius and view of every column of rates."""
+  eps = results["eps"]
+  columns = [("clean", eps, "clean")]
+  for radius in results["radii"]:
+    for view, name in _SHOWN.items():
+      columns.append((f"{name} {255 * radius:g}", radius, view))
+  return [*columns, (f"Square {255 * eps:g}", eps, "square")]
+
+
+def _values(results, kind, eps, column) -> Sequence[float]:
+  return [
+    row[column]
+    for row in results["rows"]
+    if row["kind"] == kind and row["eps"] == eps and row[column] is not None
+  ]
+
+
+def _percent(values):
+  if not len(values):
+    return "-"
+  mean, margin = float(np.mean(values)), summaries.margin(values)
+  half = "" if margin is None else f" ± {100 * margin:.0f}"
+  return f"{100 * mean:.0f}{half}"
+
+
+def _judged(results, kind):
+  models = dict.fromkeys(row["model"] for row in results["rows"] if row["kind"] == kind)
+  return [results["checks"][model] for model in models]
