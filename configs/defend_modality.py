@@ -3,7 +3,7 @@
 Paper: Xu, Zhang, Zhang, "Towards evaluating the robustness of deep diagnostic models by
 adversarial attack", Medical Image Analysis 69 (2021), with a small network from nothing
 in place of ImageNet weights, and radii in units of the pixel.
-Data: MedNIST pack, 480 train and 118 test images of 64 pixels, grey.
+Data: MedNIST pack, 480 train and 118 test images of 64 pixels, grey, resized to 32.
 Expected: docs/defences.md. Time: not measured yet.
 """
 
@@ -18,7 +18,7 @@ def get_config(*, quick: bool = False) -> DefenceStudy:
     "mednist_modality_64.npz",
     eps=4 / 255,
     quick=quick,
-    depth=4,
+    side=32,
     holdout=0.15,
     augment=augment.affine(),
     balance=True,

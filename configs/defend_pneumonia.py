@@ -19,7 +19,7 @@ def get_config(*, quick: bool = False) -> DefenceStudy:
     "cxr_pneumoniamnist_28.npz",
     eps=4 / 255,
     quick=quick,
-    train_steps=400,
+    train_steps=300,
     test_split="val",
     holdout=0.03,
     augment=augment.affine(),  # no flips: a body has a left and a right
