@@ -39,6 +39,10 @@ from jaxadv.victim_job import JobError
 __all__ = ["Run", "defend", "prepare"]
 
 
+# At other radii than the study's, the attack that finds most on its own.
+_ELSEWHERE = ("clean", "apgd")
+
+
 class Run(NamedTuple):
   """A job whose input was checked.
 
@@ -113,6 +117,7 @@ def prepare(
     "config": config.code,
     "quick": quick,
     "seeds": list(seeds),
+    "effort": study.effort and list(study.effort),
     "test_data": fingerprints.dataset(test),
     "jaxadv": jaxadv.__version__,
     "jax": jax.__version__,
@@ -147,7 +152,7 @@ def _attack(run, name, victim):
   missing = [eps for eps in run.study.radii if not _file(run, name, eps).exists()]
   with run.victims.progress(f"attacking {name}", len(missing)) as advance:
     for eps in missing:
-      views = robustness.VIEWS if eps == run.study.eps else robustness.WHITE_BOX
+      views = robustness.VIEWS if eps == run.study.eps else _ELSEWHERE
       found = robustness.measure(
         victim.predict,
         victim.variables,

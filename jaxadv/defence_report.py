@@ -7,10 +7,11 @@ import numpy as np
 
 from jaxadv import report, summaries
 
-__all__ = ["SCORES", "gains", "page", "table", "verdicts"]
+__all__ = ["SCORES", "curves", "gains", "page", "table", "verdicts"]
 
-# Views that are shown at every radius, as the tables name them.
-_SHOWN = {"pgd": "PGD", "apgd": "APGD"}
+# Attacks that are shown, as the tables name them, where they were made.
+_SHOWN = {"pgd": "PGD", "apgd": "APGD", "square": "Square", "worst": "worst"}
+_WHITE = ("clean", "pgd", "apgd", "worst")
 # By the kind of label, the scores that tables are made of, and in words; one leads.
 SCORES = {
   "class": {"accuracy": "Right decisions"},
@@ -62,16 +63,36 @@ def gains(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
   """
   eps, score = results["eps"], _leading(results)
   kinds = list(dict.fromkeys(row["kind"] for row in results["rows"]))
-  views = {"clean": "clean", **_SHOWN, "worst": "worst of all"}
   plain, *defended = (
-    {view: _values(results, kind, eps, f"{score} {view}") for view in views}
+    {view: _values(results, kind, eps, f"{score} {view}") for view in _WHITE}
     for kind in kinds
   )
   lines = [
-    [kind, *(_percent(np.subtract(found[view], plain[view])) for view in views)]
+    [kind, *(_percent(np.subtract(found[view], plain[view])) for view in _WHITE)]
     for kind, found in zip(kinds[1:], defended, strict=True)
   ]
-  return ["points against the plain model", *views.values()], lines
+  heads = (_SHOWN.get(view, view) for view in _WHITE)
+  return ["points against the plain model", *heads], lines
+
+
+def curves(results: Mapping[str, Any]) -> dict[str, list[float]]:
+  """Kind of model -> clean score, and the one under the worst attack at rising radii.
+
+  Args:
+    results: what `results.json` holds.
+
+  Returns:
+    Means over the seeds, of the leading score.
+  """
+  score, eps = _leading(results), results["eps"]
+  points = [(eps, "clean"), *((radius, "worst") for radius in results["radii"])]
+  return {
+    kind: [
+      float(np.mean(_values(results, kind, radius, f"{score} {view}")))
+      for radius, view in points
+    ]
+    for kind in dict.fromkeys(row["kind"] for row in results["rows"])
+  }
 
 
 def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -106,12 +127,13 @@ def _leading(results):
 
 def _columns(results):
   """Head, radius and view of every column of rates."""
-  eps = results["eps"]
-  columns = [("clean", eps, "clean")]
+  columns = [("clean", results["eps"], "clean")]
   for radius in results["radii"]:
+    made = next(row for row in results["rows"] if row["eps"] == radius)
     for view, name in _SHOWN.items():
-      columns.append((f"{name} {255 * radius:g}", radius, view))
-  return [*columns, (f"Square {255 * eps:g}", eps, "square")]
+      if f"accuracy {view}" in made:
+        columns.append((f"{name} {255 * radius:g}", radius, view))
+  return columns
 
 
 def _values(results, kind, eps, column) -> Sequence[float]:

@@ -6,6 +6,7 @@ question, which `jaxadv.trust` answers from the same logits.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -97,7 +98,7 @@ def measure(
     eps: radius in units of images in [0, 1], above 0.
     seed: with an image's id and the number of the run it makes its random stream, so
       nothing depends on batches.
-    batch_size: images per call of the model.
+    batch_size: images per call of the model, at most.
     names: some of `VIEWS`.
     effort: steps, restarts and queries; `Effort()` by default.
 
@@ -129,8 +130,9 @@ def measure(
       return _attacked(predict, program, num_steps, traced | batch)
 
     ids = dataset.ids.astype(np.int32)
+    even = math.ceil(len(ids) / math.ceil(len(ids) / batch_size))
     logits = loops.over_batches(
-      attacked, dataset.images, dataset.labels, ids, size=batch_size
+      attacked, dataset.images, dataset.labels, ids, size=even
     )
     _check_logits(program, logits, dataset.labels)
     return logits

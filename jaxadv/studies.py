@@ -346,7 +346,7 @@ def defence_study(
     eps=eps,
     radii=(eps,) if quick else tuple(sorted({1 / 255, 2 / 255, 4 / 255, eps})),
     num_images=16 if quick else 128,
-    effort=Effort(5, 2, 10, 0.5, 10, 50) if quick else None,
+    effort=Effort(5, 2, 10, 0.5, 10, 50) if quick else Effort(apgd_steps=50),
   )
 
 
