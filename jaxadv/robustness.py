@@ -82,7 +82,8 @@ def measure(
       clean       the images as they are          again      the same, asked once more
       noise       random signs at full radius     fgsm       one step from the image
       pgd once    one run from a random start     pgd        the worst of several
-      pgd long    that run with more steps        pgd large  the same, at a huge radius
+      pgd long    that run with more steps        pgd large  at a huge radius, from the
+                                                             image, its best point
       apgd        the worst of the task loss and of `hard_loss`
       square      random search, without gradients
 
@@ -217,6 +218,10 @@ _PROGRAMS: dict[str, Callable[[Any, int, LossFn], AttackFn]] = {
   "signs": lambda eps, num_steps, hard: _signs(eps),
   "fgsm": lambda eps, num_steps, hard: attacks.fgsm(eps),
   "pgd": lambda eps, num_steps, hard: attacks.pgd(eps, num_steps=num_steps),
+  # a random start is noise there, of which a sound model may be too sure to come back
+  "far pgd": lambda eps, num_steps, hard: attacks.pgd(
+    eps, num_steps=num_steps, random_start=False, keep="best"
+  ),
   "apgd": lambda eps, num_steps, hard: attacks.apgd(eps, num_steps=num_steps),
   "hard apgd": lambda eps, num_steps, hard: attacks.apgd(
     eps, num_steps=num_steps, loss=hard
@@ -236,7 +241,7 @@ def _runs(view, effort, eps):
     "pgd once": [("pgd", pgd, 0, eps)],
     "pgd": [("pgd", pgd, number, eps) for number in range(effort.restarts)],
     "pgd long": [("pgd", effort.long_steps, 0, eps)],
-    "pgd large": [("pgd", effort.long_steps, 0, max(eps, effort.radius))],
+    "pgd large": [("far pgd", effort.long_steps, 0, max(eps, effort.radius))],
     "apgd": [("apgd", apgd, 0, eps), ("hard apgd", apgd, 1, eps)],
     "square": [("square", effort.queries, 0, eps)],
   }[view]
