@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from helpers import benchmark
 
-from jaxadv import models
+from jaxadv import defences, models
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,11 @@ def _slow_operations(model, side=32):
     step = lambda _, x: x + jax.grad(cost)(x, variables)
     return jax.lax.fori_loop(0, 3, step, x)
 
-  lowered = jax.jit(steps).lower(x, variables)
+  return _slow(steps, x, variables)
+
+
+def _slow(function, *arguments):
+  lowered = jax.jit(function).lower(*arguments)
   # the labels are decided before LLVM starts
   compiled = lowered.compile(foreign.FAST).as_text()
   labels = re.findall(r"dim_labels=(\w+_\w+->\w+)", compiled)
@@ -71,6 +75,19 @@ SMALL = {
 def test_no_gradient_of_ours_leaves_the_fast_path(name):
   side = 75 if "inception" in name and "padded" not in name else 32
   assert _slow_operations(SMALL[name], side) == []
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA for CPU")
+def test_examples_that_draw_their_own_budget_stay_on_it():
+  model = models.ConvNet(num_classes=3, width=4, depth=2)
+  attack = defences.random_pgd((0.01, 0.1), (1, 3), step_size=0.02)
+  x, y = jnp.zeros((2, 16, 16, 3)), jnp.zeros(2, int)
+
+  def run(variables, x, y):
+    predict = lambda x: model.apply(variables, x)
+    return attack(jax.random.key(0), predict, x, y).image
+
+  assert _slow(run, model.init(jax.random.key(0), x), x, y) == []
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA for CPU")
