@@ -47,6 +47,7 @@ ALLOWED = {
   "checkpoints": {"types"},
   "metrics": GROUND | {"types"},
   "budgets": {"inputs"},
+  "analysis": {"types", "inputs", "losses", "analysis"},
   "outcomes": set(),
   "scores": set(),
   "checks": GROUND | {"types"},
@@ -101,6 +102,7 @@ ONLY = {
   "dm_pix": {"metrics", "forwards", "augment"},
   "matplotlib": {"report"},
   "jinja2": {"report"},
+  "sklearn": {"analysis"},
   "rich": {"progress", "summaries", "report", "cli"},
   "PIL": {"job", "report", "sources"},
 }
