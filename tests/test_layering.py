@@ -57,6 +57,7 @@ ALLOWED = {
 LIBRARY = {*ALLOWED, "jaxadv"}  # `import jaxadv` reads the version
 APPLICATION = {
   "__main__": {"cli"},
+  "analysis_plots": {"analysis"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
   | {"job", "universal_job", "universal_report", "victim_job"}
   | {"defence_job", "defence_report"},
@@ -100,7 +101,7 @@ ONLY = {
   "tensorflow": set(),
   "tensorflow_datasets": {"sources"},
   "dm_pix": {"metrics", "forwards", "augment"},
-  "matplotlib": {"report"},
+  "matplotlib": {"report", "analysis_plots"},
   "jinja2": {"report"},
   "sklearn": {"analysis"},
   "rich": {"progress", "summaries", "report", "cli"},
