@@ -1,4 +1,4 @@
-"""The command line: `jaxadv attack`, `uap`, `defend` and `train`."""
+"""The command line: `jaxadv attack`, `uap`, `defend`, `analyse` and `train`."""
 
 import argparse
 import importlib.util
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   refused = (experiments.ConfigError, job.JobError, records.RecordError)
   try:
-    commands = {"attack": _attack, "defend": _defend, "train": _train, "uap": _uap}
+    commands = {"attack": _attack, "uap": _uap, "defend": _defend}
+    commands |= {"analyse": _analyse, "train": _train}
     return commands[options.command](options)
   except refused as error:
     return _refuse(str(error))
@@ -91,6 +92,14 @@ def _defend(options):
   for model, check, evidence in defence_report.verdicts(results):
     print(f"unreliable: {model} fails {check!r}: {evidence}")
   return _done(run.folder / "report.html")
+
+
+def _analyse(options):
+  from jaxadv import analysis_job, defence_job
+
+  run = defence_job.prepare(options.config, **_settings(options))
+  _show(*analysis_job.table(analysis_job.analyse(run)))
+  return _done(run.folder / "analysis" / "report.html")
 
 
 def _settings(options):
@@ -152,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     ("attack", "train the victim or load it, attack it, write the report"),
     ("uap", "craft universal perturbations against classifiers, write the report"),
     ("defend", "train models with and without defences, attack them, write the report"),
+    ("analyse", "look at what attacks do inside the models of a `defend` config"),
     ("train", "train and evaluate the victims of any config, and nothing else"),
   ):
     _add_options(commands.add_parser(name, help=meaning, allow_abbrev=False))

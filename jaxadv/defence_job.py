@@ -33,7 +33,7 @@ from jaxadv import (
   victim_job,
 )
 from jaxadv.experiments import Config, DefenceStudy, load_config
-from jaxadv.progress import Progress, silent
+from jaxadv.progress import Progress, named, silent
 from jaxadv.victim_job import JobError
 
 __all__ = ["Run", "defend", "prepare"]
@@ -137,9 +137,10 @@ def defend(run: Run) -> dict[str, Any]:
     records.check_same_run(run.folder / "settings.json", run.settings)
     evaluations = {}
     for name, task in run.victims.tasks.items():
-      victim = victim_job.train(task, progress=run.victims.progress)
+      progress = named(run.victims.progress, name)
+      victim = victim_job.train(task, progress=progress)
       evaluations[name] = victim.evaluation
-      _attack(run, name, victim)
+      _attack(run, name, victim, progress)
     results = _results(run, evaluations, time.perf_counter() - started)
     records.write_json(run.folder / "results.json", results)
     page = defence_report.page(results)
@@ -147,10 +148,10 @@ def defend(run: Run) -> dict[str, Any]:
   return results
 
 
-def _attack(run, name, victim):
+def _attack(run, name, victim, progress):
   """Stores the logits of one model under the attacks at every radius."""
   missing = [eps for eps in run.study.radii if not _file(run, name, eps).exists()]
-  with run.victims.progress(f"attacking {name}", len(missing)) as advance:
+  with progress("attacking", len(missing), 0) as advance:
     for eps in missing:
       views = robustness.VIEWS if eps == run.study.eps else _ELSEWHERE
       found = robustness.measure(

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-__all__ = ["Progress", "silent", "terminal"]
+__all__ = ["Progress", "named", "silent", "terminal"]
 
 # advance(count, note)
 Advance: TypeAlias = Callable[[int, str], None]
@@ -24,6 +24,11 @@ def silent(label: str, total: int, done: int = 0) -> Iterator[Advance]:
   """
   del label, total, done
   yield lambda count, note: None
+
+
+def named(progress: Progress, name: str) -> Progress:
+  """Lines that say which of several they are about."""
+  return lambda label, total, done: progress(f"{label} {name}", total, done)
 
 
 @contextlib.contextmanager

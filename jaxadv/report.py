@@ -20,6 +20,7 @@ __all__ = [
   "as_bytes",
   "colored",
   "data_uri",
+  "embedded",
   "gallery",
   "page",
   "png",
@@ -218,7 +219,12 @@ def _distortion(row):
 
 def data_uri(picture: np.ndarray) -> str:
   """A picture `(H, W, 1 or 3)` uint8 as an embedded PNG."""
-  return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
+  return embedded(png(picture))
+
+
+def embedded(content: bytes) -> str:
+  """A PNG file as an address that holds it."""
+  return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def png(picture: np.ndarray) -> bytes:

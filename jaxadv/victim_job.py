@@ -24,7 +24,7 @@ from jaxadv.experiments import (
   UniversalStudy,
   load_config,
 )
-from jaxadv.progress import Progress, silent
+from jaxadv.progress import Progress, named, silent
 
 __all__ = [
   "JobError",
@@ -221,7 +221,7 @@ def train_all(run: Run) -> dict[str, dict[str, Any]]:
   """
   with records.lock(run.folder):
     return {
-      name: train(task, progress=run.progress).evaluation
+      name: train(task, progress=named(run.progress, name)).evaluation
       for name, task in run.tasks.items()
     }
 

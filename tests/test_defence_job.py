@@ -13,7 +13,15 @@ import helpers
 import numpy as np
 import pytest
 
-from jaxadv import cli, defence_job, defence_report, experiments, robustness, trust
+from jaxadv import (
+  analysis_job,
+  cli,
+  defence_job,
+  defence_report,
+  experiments,
+  robustness,
+  trust,
+)
 
 CONFIG = """
 import optax
@@ -77,8 +85,9 @@ def test_every_model_and_radius_has_a_row_and_every_model_its_checks(finished):
   assert results["gradients"] == {"at": 2}
   assert results["images"] == 9
   for row in results["rows"]:
-    assert row["accuracy worst"] <= row["accuracy pgd"] <= row["accuracy clean"]
-    assert ("accuracy square" in row) == (row["eps"] == 0.1)
+    assert row["accuracy worst"] <= row["accuracy apgd"] <= row["accuracy clean"]
+    for view in ("pgd", "square"):
+      assert (f"accuracy {view}" in row) == (row["eps"] == 0.1)
   for model in MODELS:
     assert [check["name"] for check in results["checks"][model]][2:4] == [
       "fgsm",
@@ -127,7 +136,7 @@ def test_a_killed_run_ends_with_the_same_bits(finished, pack, tmp_path):
   config, out = write_config(tmp_path, pack), tmp_path / "run"
   words = ["defend", str(config), "--out", str(out), "--no-progress"]
   command = [sys.executable, "-m", "jaxadv", *words]
-  for waits_for in ("victims/standard 1/checkpoints/step_*", "attacked/at 0/*.npz"):
+  for waits_for in ("victims/at 0/checkpoints/step_*", "attacked/at 0/*.npz"):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not list(out.glob(waits_for)):
@@ -224,3 +233,25 @@ def test_the_docs_page_is_made_of_finished_runs(finished, capsys):
   for line in defence_report.table(results)[1]:
     assert " | ".join(line) in page
   assert "Won and lost at 25.5/255" in page
+
+
+def test_an_analysis_looks_into_a_model_of_each_kind(finished):
+  run, results = finished
+  found = analysis_job.analyse(run)
+  folder = run.folder / "analysis"
+  assert json.loads((folder / "results.json").read_text()) == found
+  assert found["rows"] == results["rows"]
+  pictures = [path.relative_to(folder) for path in folder.rglob("*.png")]
+  each, shared = {"heat_maps", "embedding", "landscape"}, {"accuracy", "layers"}
+  wanted = {f"{kind}/{name}" for kind in ("standard", "at") for name in each}
+  assert {str(path.with_suffix("")) for path in pictures} == wanted | shared
+  page = (folder / "report.html").read_text()
+  assert page.count("data:image/png") == len(pictures)
+  numbers = found["analysis"]["at"]
+  assert 0 <= numbers["iou"] <= 1
+  assert list(numbers["distances"]) == ["stage1", "stage2", "pooled"]
+  assert all(0 < distance < 2 for distance in numbers["distances"].values())
+  assert numbers["probe_attacked"] <= numbers["probe_clean"]
+  heads, lines = analysis_job.table(found)
+  assert [line[0] for line in lines] == ["standard", "at"]
+  assert len(heads) == len(lines[0]) == 6

@@ -60,7 +60,10 @@ APPLICATION = {
   "analysis_plots": {"analysis"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
   | {"job", "universal_job", "universal_report", "victim_job"}
-  | {"defence_job", "defence_report"},
+  | {"analysis_job", "defence_job", "defence_report"},
+  "analysis_job": LIBRARY
+  | {"analysis", "analysis_plots", "defence_job", "defence_report", "records"}
+  | {"report", "victim_job"},
   "assessment": LIBRARY,
   "crafting": LIBRARY | {"fingerprints"},
   "defence_job": LIBRARY
