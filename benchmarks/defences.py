@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def show(run):
   print(f"\n## {run['name']}: {run['source']}, {run['images']} test images\n")
+  print(f"Trained for {run['budget']}, by the standard deviation of the images.\n")
   for score, words in defence_report.SCORES[run["labels"]].items():
     print(f"{words}, in percent; radii in 255ths:\n")
     print(summaries.markdown(*defence_report.table(run, score)) + "\n")

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxadv import inputs
 
-__all__ = ["described", "in_pixels", "normalized"]
+__all__ = ["beside", "described", "in_pixels", "normalized"]
 
 
 def in_pixels(eps: Any, std: Any) -> Any:
@@ -71,10 +71,32 @@ def described(eps: Any, std: Any) -> str:
     >>> described(2 / 255, [0.0942, 0.1331, 0.1521])
     '2/255 normalized (0.19, 0.27, 0.30 /255 in pixels)'
   """
-  pixels = np.atleast_1d(in_pixels(eps, std))
-  whole = ", ".join(f"{255 * value:g}" for value in np.atleast_1d(eps))
-  listed = ", ".join(f"{255 * value:.2f}" for value in pixels)
-  return f"{whole}/255 normalized ({listed} /255 in pixels)"
+  return f"{_exact(eps)} normalized ({_rounded(in_pixels(eps, std))} in pixels)"
+
+
+def beside(eps: Any, std: Any) -> str:
+  """A radius in pixels, and what it is in normalized units, as one line of a report.
+
+  Args:
+    eps: concrete, as for `normalized`.
+    std: as for `normalized`.
+
+  Raises:
+    ValueError: as for `normalized`.
+
+  Example:
+    >>> beside(2 / 255, [0.5, 0.25])
+    '2/255 in pixels (4.00, 8.00 /255 normalized)'
+  """
+  return f"{_exact(eps)} in pixels ({_rounded(normalized(eps, std))} normalized)"
+
+
+def _exact(radii):
+  return ", ".join(f"{255 * value:g}" for value in np.atleast_1d(radii)) + "/255"
+
+
+def _rounded(radii):
+  return ", ".join(f"{255 * value:.2f}" for value in np.atleast_1d(radii)) + " /255"
 
 
 def _checked(eps, std):

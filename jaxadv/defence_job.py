@@ -23,6 +23,7 @@ import numpy as np
 
 import jaxadv
 from jaxadv import (
+  budgets,
   data,
   defence_report,
   fingerprints,
@@ -203,6 +204,12 @@ def _gradients(run):
   }
 
 
+def _spread(run):
+  """Standard deviation of the training images, per channel: what models divide by."""
+  images = data.as_float(next(iter(run.victims.tasks.values())).parts.train.images)
+  return images.std(tuple(range(images.ndim - 1)))
+
+
 def _kind(name):
   return name.rpartition(" ")[0]
 
@@ -216,6 +223,7 @@ def _results(run, evaluations, seconds):
     "images": len(run.test.images),
     "eps": run.study.eps,
     "radii": list(run.study.radii),
+    "budget": budgets.beside(run.study.eps, _spread(run)),
     "gradients": _gradients(run),
     "models": evaluations,
     "checks": {name: _checks(run, name) for name in evaluations},

@@ -84,6 +84,9 @@ def test_every_model_and_radius_has_a_row_and_every_model_its_checks(finished):
   assert json.loads((run.folder / "results.json").read_text()) == results
   assert results["gradients"] == {"at": 2}
   assert results["images"] == 9
+  std = run.victims.tasks["at 0"].parts.train.images.std((0, 1, 2)) / 255
+  listed = ", ".join(f"{25.5 / value:.2f}" for value in std)
+  assert results["budget"] == f"25.5/255 in pixels ({listed} /255 normalized)"
   for row in results["rows"]:
     assert row["accuracy worst"] <= row["accuracy apgd"] <= row["accuracy clean"]
     for view in ("pgd", "square"):
