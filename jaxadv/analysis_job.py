@@ -34,7 +34,7 @@ from jaxadv.types import call
 
 __all__ = ["analyse", "table"]
 
-SHOWN = 4  # images in the pictures of one model
+SHOWN = 4  # images in the pictures of one model, from all over the test part
 _BATCH = 32
 
 
@@ -188,15 +188,10 @@ def _attention(subject, class_names):
   )
   both = jnp.asarray(before), jnp.asarray(after)
   iou = np.asarray(jax.vmap(analysis.top_share_iou)(*both))
+  places = _shown(subject)
   png = analysis_plots.heat_maps(
-    subject.clean[:SHOWN],
-    subject.attacked[:SHOWN],
-    before[:SHOWN],
-    after[:SHOWN],
-    notes=[
-      f"{class_names[k]}: IoU {value:.2f}"
-      for k, value in zip(subject.decided[:SHOWN], iou, strict=False)
-    ],
+    *(v[places] for v in (subject.clean, subject.attacked, before, after)),
+    notes=[f"{class_names[subject.decided[n]]}: IoU {iou[n]:.2f}" for n in places],
   )
   caption = (
     f"Grad-CAM on {subject.map}, for the class that is decided on the clean image; IoU "
@@ -255,15 +250,18 @@ def _correlation(subject, class_names):
 
 def _loss_around(subject, class_names):
   """The loss in the plane of the attack and a random direction, of some images."""
-  found = _landscape(
-    subject.predict,
-    subject.variables,
-    *(a[:SHOWN] for a in (subject.clean, subject.labels, subject.attacked)),
-  )
-  titles = [class_names[k] for k in subject.decided[:SHOWN]]
+  places = _shown(subject)
+  around = (v[places] for v in (subject.clean, subject.labels, subject.attacked))
+  found = _landscape(subject.predict, subject.variables, *around)
+  titles = [class_names[subject.decided[n]] for n in places]
   png = analysis_plots.landscapes(found, titles=titles)
   caption = "Loss along the attack, and along a random direction of the same length."
   return {}, [_Picture("landscape", caption, png)]
+
+
+def _shown(subject):
+  last = len(subject.clean) - 1
+  return np.linspace(0, last, min(SHOWN, last + 1)).round().astype(int)
 
 
 def _distances(subject):

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxadv import report, summaries
+from jaxadv import analysis_plots, report, summaries
 
 __all__ = ["SCORES", "curves", "gains", "page", "table", "verdicts"]
 
-# Attacks that are shown, as the tables name them, where they were made.
+# Attacks that are shown, as the tables name them.
 _SHOWN = {"pgd": "PGD", "apgd": "APGD", "square": "Square", "worst": "worst"}
 _WHITE = ("clean", "pgd", "apgd", "worst")
 # By the kind of label, the scores that tables are made of, and in words; one leads.
@@ -115,6 +115,9 @@ def page(results: Mapping[str, Any]) -> str:
     lines=lines,
     failed=verdicts(results),
     gains=gains(results),
+    curves=report.embedded(
+      analysis_plots.accuracy_curves([0, *results["radii"]], curves(results))
+    ),
     score=SCORES[results["labels"]][_leading(results)],
     rows=results["rows"],
     names=max(results["rows"], key=len),
@@ -129,10 +132,8 @@ def _columns(results):
   """Head, radius and view of every column of rates."""
   columns = [("clean", results["eps"], "clean")]
   for radius in results["radii"]:
-    made = next(row for row in results["rows"] if row["eps"] == radius)
-    for view, name in _SHOWN.items():
-      if f"accuracy {view}" in made:
-        columns.append((f"{name} {255 * radius:g}", radius, view))
+    views = _SHOWN if radius == results["eps"] else ("apgd",)
+    columns += [(f"{_SHOWN[v]} {255 * radius:g}", radius, v) for v in views]
   return columns
 
 
@@ -149,7 +150,7 @@ def _percent(values):
     return "-"
   mean, margin = float(np.mean(values)), summaries.margin(values)
   half = "" if margin is None else f" ± {100 * margin:.0f}"
-  return f"{100 * mean:.0f}{half}"
+  return f"{round(100 * mean)}{half}"
 
 
 def _judged(results, kind):

@@ -69,7 +69,7 @@ APPLICATION = {
   "defence_job": LIBRARY
   | {"defence_report", "experiments", "fingerprints", "progress", "records"}
   | {"robustness", "summaries", "trust", "victim_job"},
-  "defence_report": LIBRARY | {"report", "summaries"},
+  "defence_report": LIBRARY | {"analysis_plots", "report", "summaries"},
   "experiments": LIBRARY | {"robustness"},
   "fingerprints": {"data"},
   "job": LIBRARY
