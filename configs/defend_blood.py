@@ -1,6 +1,6 @@
 """Defences of a network that tells three kinds of blood cell apart.
 
-Paper: Xu, Zhang, Zhang, "Towards evaluating the robustness of deep diagnostic models by
+Paper: Xu et al., "Towards evaluating the robustness of deep diagnostic models by
 adversarial attack", Medical Image Analysis 69 (2021), with a small network from nothing
 in place of ImageNet weights, and radii in units of the pixel.
 Data: BCCD pack, 360 train and 90 test cells of 64 pixels, RGB, resized to 32.

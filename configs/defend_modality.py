@@ -1,6 +1,6 @@
 """Defences of a network that names the modality of a medical image.
 
-Paper: Xu, Zhang, Zhang, "Towards evaluating the robustness of deep diagnostic models by
+Paper: Xu et al., "Towards evaluating the robustness of deep diagnostic models by
 adversarial attack", Medical Image Analysis 69 (2021), with a small network from nothing
 in place of ImageNet weights, and radii in units of the pixel.
 Data: MedNIST pack, 480 train and 118 test images of 64 pixels, grey, resized to 32.

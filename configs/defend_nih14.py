@@ -1,6 +1,6 @@
 """Defences of a network that reports 14 findings in chest X-rays: label sets.
 
-Paper: Xu, Zhang, Zhang, "Towards evaluating the robustness of deep diagnostic models by
+Paper: Xu et al., "Towards evaluating the robustness of deep diagnostic models by
 adversarial attack", Medical Image Analysis 69 (2021), with a small network from nothing
 in place of ImageNet weights, and radii in units of the pixel.
 Data: NIH ChestX-ray14 pack, 433 train and 163 test images of 128 pixels, grey, resized

@@ -1,6 +1,6 @@
 """Defences of a network that sees pneumonia in children's chest X-rays.
 
-Paper: Xu, Zhang, Zhang, "Towards evaluating the robustness of deep diagnostic models by
+Paper: Xu et al., "Towards evaluating the robustness of deep diagnostic models by
 adversarial attack", Medical Image Analysis 69 (2021), with a small network from nothing
 in place of ImageNet weights, and radii in units of the pixel.
 Data: PneumoniaMNIST pack, 4708 train and 524 val images of 28 pixels, grey; 128 of the

@@ -1,6 +1,6 @@
 """Defences of a network that grades diabetic retinopathy.
 
-Paper: Xu, Zhang, Zhang, "Towards evaluating the robustness of deep diagnostic models by
+Paper: Xu et al., "Towards evaluating the robustness of deep diagnostic models by
 adversarial attack", Medical Image Analysis 69 (2021), with a small network from nothing
 in place of ImageNet weights, and radii in units of the pixel.
 Data: IDRiD pack, 202 train and 53 test images of 128 pixels, RGB, resized to 32.

@@ -11,7 +11,15 @@ import numpy as np
 from jaxadv import combine, data, loops, masks, metrics, scores
 from jaxadv.types import AttackFn, call
 
-__all__ = ["SCORES", "answers", "assess", "evaluate", "predictions", "predictor"]
+__all__ = [
+  "SCORES",
+  "NotFinite",
+  "answers",
+  "assess",
+  "evaluate",
+  "predictions",
+  "predictor",
+]
 
 Variables = dict[str, Any]
 Predictor = Callable[[Variables, jax.Array], Any]
@@ -19,11 +27,18 @@ Predictor = Callable[[Variables, jax.Array], Any]
 SCORES = {"mask": "iou", "class": "balanced_accuracy", "set": "auroc"}
 
 
+class NotFinite(ValueError):
+  """A model that answers NaN or infinity; the message says on how many images."""
+
+
 @functools.cache
 def predictor(model: Any) -> Predictor:
   """`(variables, images) -> (logits, features)` of a Flax module in evaluation mode.
 
   Of equal modules it is the same function, whose compiled programs serve all of them.
+
+  Raises:
+    TypeError: for a module with attributes that cannot be hashed, such as arrays.
   """
   return functools.partial(model.apply, train=False)
 
@@ -65,7 +80,7 @@ def answers(
     predict: from `predictor`.
     variables: of the module.
     dataset: images and labels, which the attack gets.
-    attack: image `i` draws from `fold_in(key(seed), i)`, whatever the batches.
+    attack: an image draws from `fold_in(key(seed), id)`, whatever the batches.
     seed: of the attack.
     batch_size: images per model call; the last batch is filled up.
 
@@ -76,7 +91,7 @@ def answers(
   answer = lambda ids, images, labels: _answer(
     predict, attack, variables, key, ids, data.as_float(images), labels
   )
-  ids = np.arange(len(dataset.images), dtype=np.int32)
+  ids = dataset.ids.astype(np.int32)
   return loops.over_batches(
     answer, ids, dataset.images, dataset.labels, size=batch_size
   )
@@ -106,19 +121,19 @@ def assess(
     `scores.label_sets`.
 
   Raises:
-    ValueError: where logits of classes or label sets are not finite.
+    NotFinite: where logits are not finite.
   """
   logits = answers(
     predict, variables, dataset, attack=attack, seed=seed, batch_size=batch_size
   )
-  if dataset.kind == "mask":
-    return evaluate(logits.argmax(-1), dataset)
-  broken = int((~np.isfinite(logits)).any(1).sum())
+  broken = int((~np.isfinite(logits.reshape(len(logits), -1))).any(1).sum())
   if broken:
-    raise ValueError(
+    raise NotFinite(
       f"on {broken} of {len(logits)} images the victim's logits are not finite; train "
       "it anew, with a smaller learning rate."
     )
+  if dataset.kind == "mask":
+    return evaluate(logits.argmax(-1), dataset)
   report = scores.label_sets if dataset.kind == "set" else scores.classification
   return report(logits, dataset.labels, dataset.class_names)
 

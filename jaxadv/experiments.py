@@ -50,7 +50,8 @@ class Recipe:
   """A victim: a model, the data it learns from, and how.
 
   Attributes:
-    model: Flax module, `apply(variables, x, train) -> (logits, features)`.
+    model: Flax module, `apply(variables, x, train) -> (logits, features)`, whose
+      attributes can be hashed.
     optimizer: optax transform that trains it.
     start: fresh variables to those that training starts from, such as converted weights
       (`functools.partial(convert.load, path, model, head=False)`, whose third argument
@@ -68,10 +69,13 @@ class Recipe:
     augment: one example's `(key, image, label) -> (image, label)`, or `None`.
     defence: of `jaxadv.defences`: the views it learns from, and the loss on them in
       place of `loss`; `None` for plain training.
+    weights: with a defence, where the gradient of its steps is taken, such as
+      `training.adversarial_weights()`.
     monitor: attack on the validation images at every checkpoint, so that the victim is
       the checkpoint that scores best under it.
     collapse: training stops where a checkpoint's score is by more than this below the
-      best one, as one-step adversarial training at times does.
+      best one, as one-step adversarial training at times does, and always where the
+      model answers NaN.
     train_steps: optimizer steps.
     batch_size: images per optimizer step.
     balance: oversample rare classes until all come equally often.
@@ -96,6 +100,7 @@ class Recipe:
   loss: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   augment: training.AugmentFn | None = training.flips
   defence: Defence | None = None
+  weights: training.WeightAttack | None = None
   monitor: AttackFn | None = None
   collapse: float = math.inf
   train_steps: int = 300
@@ -121,6 +126,8 @@ class Recipe:
       )
     if self.defence is not None and self.loss is not None:
       raise ConfigError("`loss` and `defence` are both set; the defence has its loss.")
+    if self.weights is not None and self.defence is None:
+      raise ConfigError("`weights` is set without a `defence`; write both.")
     if not self.collapse > 0:
       raise ConfigError(f"`collapse` is {self.collapse}; write a fall above 0, as 0.2.")
     watched = self.monitor is not None or self.collapse < math.inf
@@ -280,7 +287,9 @@ class DefenceStudy:
   @property
   def victims(self) -> dict[str, Recipe]:
     """Name and seed to recipe: the plain model, then the defended ones."""
-    plain = dataclasses.replace(self.recipe, defence=None, monitor=None)
+    plain = dataclasses.replace(
+      self.recipe, defence=None, weights=None, monitor=None, collapse=math.inf
+    )
     kinds = {PLAIN: plain}
     for name, defence in self.defences.items():
       kinds[name] = dataclasses.replace(self.recipe, defence=defence)

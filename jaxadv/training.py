@@ -37,6 +37,7 @@ __all__ = [
   "ExampleLoss",
   "OuterLoss",
   "TrainState",
+  "WeightAttack",
   "adversarial_step",
   "adversarial_weights",
   "binary_cross_entropy",

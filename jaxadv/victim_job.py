@@ -5,7 +5,8 @@ per victim, `victim/`, or `victims/NAME/` where a study has several:
 
     settings.json   what the weights depend on; another victim is refused
     checkpoints/    the last two states; a killed run goes on from there
-    results.json    scores on the test part, and which step was selected by which score
+    results.json    scores on the test part, which step was selected by which score,
+                    and where training collapsed, if it did
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxadv import assessment, data, records, victims
+from jaxadv import assessment, checkpoints, data, records, victims
 from jaxadv.experiments import (
   Config,
   DefenceStudy,
@@ -256,9 +257,13 @@ def train(task: Task, *, progress: Progress = silent) -> Victim:
   except ValueError as error:
     raise JobError(f"{folder}: {error}") from error
   if parts.validation is not None:
-    name = f"validation_{assessment.SCORES[parts.validation.kind]}"
+    shown = "validation" if recipe.monitor is None else "monitored"
+    name = f"{shown}_{assessment.SCORES[parts.validation.kind]}"
     known = float(score) if math.isfinite(score) else None
     evaluation |= {name: known, "selected_step": int(step)}
+    last = checkpoints.latest(folder / "checkpoints") or 0
+    if last < recipe.train_steps:
+      evaluation["collapsed_at"] = last
   records.write_json(folder / "results.json", evaluation)
   return Victim(variables, predict, evaluation)
 
@@ -348,6 +353,12 @@ def _check_parts(recipe, parts):
 
 
 def _check_model(recipe, dataset):
+  try:
+    hash(recipe.model)
+  except TypeError as error:
+    raise JobError(
+      "the model has attributes that cannot be hashed, such as arrays; write tuples."
+    ) from error
   try:
     given = victims.outputs(recipe.model, dataset)[0].shape
   except (TypeError, ValueError) as error:

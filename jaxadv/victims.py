@@ -9,6 +9,7 @@ the same choice, or sees that it had collapsed.
 """
 
 import functools
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -95,8 +96,9 @@ def describe(
     "optimizer": _update_program(recipe, dataset),
     "loss": _named("loss", _loss(recipe, dataset), logits, label),
     "augment": augment and _named("augment", augment, jax.random.key(0), image, label),
-    "defence": _defence_program(recipe, dataset),
-    "monitor": _monitor_program(recipe, dataset),
+    "defence": recipe.defence and _blamed("defence", _step_program, recipe, dataset),
+    "monitor": recipe.monitor and _blamed("monitor", _view_program, recipe, dataset),
+    "collapse": recipe.collapse if math.isfinite(recipe.collapse) else None,
     "train_steps": recipe.train_steps,
     "batch_size": recipe.batch_size,
     "balance": recipe.balance,
@@ -140,8 +142,9 @@ def train(
     validation: images on which every checkpoint is scored, under `recipe.monitor` if
       there is one, by mean IoU of masks, balanced accuracy of classes, mean AUROC of
       label sets. The victim is the checkpoint that scores best, of equal ones the last,
-      and training stops where the score falls by `recipe.collapse`. Never the test
-      part: the published code selects there, and its accuracies are flattered by it.
+      and training stops where the score falls by `recipe.collapse`, or where the model
+      answers NaN. Never the test part: the published code selects there, and its
+      accuracies are flattered by it.
     progress: shows the steps.
 
   Returns:
@@ -200,7 +203,10 @@ def _trained(state, score=-jnp.inf):
 
 def _collapsed(recipe, state):
   """Whether the score fell too far below the best one to come back."""
-  return state.best is not None and state.best.score - state.score > recipe.collapse
+  if state.best is None:
+    return False
+  fall = float(state.best.score - state.score)  # NaN while nothing was judged
+  return fall > recipe.collapse or fall == math.inf
 
 
 def _example(dataset):
@@ -209,13 +215,7 @@ def _example(dataset):
 
 def _fit(recipe, dataset, validation, folder, state, done, progress):
   """From checkpoint to checkpoint, so that a choice is stored with what it is among."""
-  step = _step(
-    recipe.model,
-    recipe.optimizer,
-    _loss(recipe, dataset),
-    recipe.defence,
-    recipe.augment,
-  )
+  step = _step_of(recipe, dataset)
   judge = functools.partial(_judge, recipe, predictor(recipe.model), validation)
   batches = data.batches(
     dataset, recipe.batch_size, seed=recipe.seed, start=done, balance=recipe.balance
@@ -232,14 +232,23 @@ def _fit(recipe, dataset, validation, folder, state, done, progress):
   return state
 
 
-@functools.lru_cache(maxsize=2)  # one program for all seeds of a study
-def _step(model, optimizer, loss, defence, augment):
-  """The jitted step; it donates its state, whose memory the next one takes over."""
+def _step_of(recipe, dataset):
+  """The jitted step of a recipe, one program for all seeds."""
+  plain = _loss(recipe, dataset) if recipe.defence is None else None
+  defended = recipe.defence, recipe.weights
+  return _step(recipe.model, recipe.optimizer, recipe.augment, plain, *defended)
+
+
+@functools.lru_cache(maxsize=2)
+def _step(model, optimizer, augment, loss, defence, weights):
+  """It donates its state, whose memory the next one takes over."""
   apply = flax_apply(model)
   if defence is None:
     step = training.train_step(apply, optimizer, loss, augment=augment)
   else:
-    step = training.adversarial_step(apply, optimizer, *defence, augment=augment)
+    step = training.adversarial_step(
+      apply, optimizer, *defence, augment=augment, weights=weights
+    )
   return jax.jit(step, donate_argnums=0)
 
 
@@ -255,14 +264,17 @@ def _judge(recipe, predict, validation, best, state):
   """The state with its score, and the best: that state where it scores as well."""
   if best is None:
     return _State(state, None, None)
-  found = assessment.assess(
-    predict,
-    _trained(state).variables,
-    validation,
-    attack=recipe.monitor or combine.identity,
-    seed=recipe.seed,
-  )
-  score = found[SCORES[validation.kind]]
+  try:
+    found = assessment.assess(
+      predict,
+      _trained(state).variables,
+      validation,
+      attack=recipe.monitor or combine.identity,
+      seed=recipe.seed,
+    )
+    score = found[SCORES[validation.kind]]
+  except assessment.NotFinite:  # diverged: what was best before is still there
+    score = None
   now = _trained(state, -jnp.inf if score is None else score)
   if now.score >= best.score:  # of equal ones the later: it has learned longer
     best = jax.tree.map(jnp.copy, now)  # the step gives the memory of its state away
@@ -281,28 +293,23 @@ def _named(part, function, *arguments):
   return f"{name} {_blamed(part, fingerprints.program, function, *arguments)}"
 
 
-def _defence_program(recipe, dataset):
+def _step_program(recipe, dataset):
   """Hash of a whole training step: views and loss are closures in it."""
-  if recipe.defence is None:
-    return None
-  step = _step(recipe.model, recipe.optimizer, None, recipe.defence, recipe.augment)
   start = functools.partial(_start, recipe, False)
   state = jax.eval_shape(start, _shapes(recipe, dataset)).train
   batch = {"image": _example(dataset), "label": jnp.asarray(dataset.labels[:1])}
-  return _blamed("defence", fingerprints.program, step, state, batch)
+  return fingerprints.program(_step_of(recipe, dataset), state, batch)
 
 
-def _monitor_program(recipe, dataset):
+def _view_program(recipe, dataset):
   """Hash of what the monitor does to an image."""
-  if recipe.monitor is None:
-    return None
 
   def show(variables, image, label):
     predict = functools.partial(predictor(recipe.model), variables)
     return recipe.monitor(jax.random.key(0), predict, image, label).image
 
   arguments = _shapes(recipe, dataset), _example(dataset), dataset.labels[:1]
-  return _blamed("monitor", fingerprints.program, show, *arguments)
+  return fingerprints.program(show, *arguments)
 
 
 def _logits(out):

@@ -21,18 +21,21 @@ ZEROS = jnp.zeros(400, int)
 
 @pytest.mark.parametrize(("eps", "steps"), [(0.01, 9), (0.04, 1), (0.04, 9)])
 def test_the_vector_of_mpadvt(eps, steps):
-  """How far from its random start an image gets, radius and steps being given."""
-  view = functools.partial(random_pgd, (eps, eps), (steps, steps))
-  run = lambda view: view(KEY, helpers.linear(WEIGHTS), GREY, ZEROS).delta
-  start, end = run(view(step_size=0.0)), run(view())
-  way = np.abs(end - start)
-  assert way.max() == pytest.approx(min(steps / 255, 2 * eps), rel=0.02)
-  assert way.max() <= steps / 255 + 1e-6
-  assert np.abs(end).max() <= eps + 1e-6
-  free = np.abs(end) < eps - 1e-6
-  np.testing.assert_allclose(way[free], steps / 255, atol=1e-6)
-  if steps / 255 > 2 * eps:
-    assert not free.any()  # everyone has reached the surface
+  """TV-MPADV: how far from its random start an image gets, given radius and steps."""
+  with helpers.x64():
+    grey, labels = jnp.full((400, 3), 0.5), jnp.zeros(400, int)
+    view = functools.partial(random_pgd, (eps, eps), (steps, steps))
+    model = helpers.linear(WEIGHTS)
+    run = lambda view: view(jax.random.key(0), model, grey, labels).delta
+    start, end, clean = map(run, (view(step_size=0.0), view(), view(clean=1.0)))
+  assert end.dtype == np.float64
+  way, size = np.abs(end - start), np.abs(end)
+  free = size < eps - 1e-9
+  np.testing.assert_allclose(way[free], steps / 255, rtol=1e-9)
+  np.testing.assert_allclose(size[~free], eps, rtol=1e-9)
+  assert (way <= steps / 255 + 1e-9).all()
+  assert free.any() == (steps / 255 < 2 * eps)  # else everyone reaches the surface
+  np.testing.assert_array_equal(clean, 0)
 
 
 def test_every_example_draws_for_itself():
@@ -124,10 +127,16 @@ def test_crafting_leaves_the_batch_statistics_alone(name):
   state = start(tx)
   shown = []
 
+  def evaluated(x):
+    return apply(state.params, state.extra, x, False)[0]
+
   def spied(view):
     def attack(key, predict, x, y):
       result = view(key, predict, x, y)
       shown.append(result.image)
+      # what was attacked is the model in evaluation mode
+      expected = view(key, evaluated, x, y).image
+      np.testing.assert_array_equal(result.image, expected)
       return result
 
     return attack

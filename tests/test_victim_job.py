@@ -230,6 +230,7 @@ def test_another_augmentation_loss_or_selection_is_another_victim(tmp_path):
   eps = 0.1
   assert differs(defence=defences.mart(eps)) == {"defence"}
   assert differs(monitor=attacks.pgd(eps)) == {"monitor"}
+  assert differs(collapse=0.2) == {"collapse"}
   assert differs(checkpoint_every=5) == {"selected_on"}
   assert differs(holdout=0.5) == {"selected_on", "train_data"}
   assert differs(holdout=0.0) == {"selected_on", "train_data"}
@@ -421,6 +422,73 @@ def test_a_collapsed_training_stops_and_stays_stopped(tmp_path):
   assert 36 < stopped < 90  # the steps are far too large from 36 on
   helpers.assert_trees_equal(train(), found)
   assert checkpoints.latest(folder) == stopped
+
+
+def diverging_recipe(pack, broken_from=13, **changes):
+  """From one step on, updates are so large that nothing finite is left."""
+  rate = optax.piecewise_constant_schedule(3e-2, {broken_from: 1e38})
+  return fading_recipe(pack, optimizer=optax.sgd(rate), **changes)
+
+
+def test_a_training_that_diverges_ends_with_the_best_before_and_says_where(tmp_path):
+  write(tmp_path)
+  recipe = diverging_recipe(tmp_path / "stripes.npz")
+  parts = victim_job.load(recipe)
+  task = victim_job.plan(recipe, parts, tmp_path / "run")
+  first, again = (victim_job.train(task).evaluation for _ in range(2))
+  assert first == again == results(tmp_path / "run")
+  assert 0 < first["selected_step"] <= 12
+  assert first["selected_step"] < first["collapsed_at"] < 48
+  recipe = diverging_recipe(tmp_path / "stripes.npz", broken_from=1)
+  task = victim_job.plan(recipe, parts, tmp_path / "never")
+  with pytest.raises(victim_job.JobError, match=r"not finite; train it anew"):
+    victim_job.train(task)
+
+
+class Shifted(ConvNet):
+  """A network that carries an array."""
+
+  mean: np.ndarray = None
+
+
+def test_a_model_that_cannot_be_hashed_is_refused(tmp_path):
+  write(tmp_path)
+  model = Shifted(num_classes=3, width=4, depth=2, mean=np.zeros(1))
+  recipe = fading_recipe(tmp_path / "stripes.npz", model=model)
+  with pytest.raises(victim_job.JobError, match=r"cannot be hashed.*; write tuples"):
+    victim_job.plan(recipe, victim_job.load(recipe), tmp_path)
+
+
+def test_a_step_gives_its_state_away_and_the_best_stays(tmp_path):
+  write(tmp_path)
+  recipe = fading_recipe(tmp_path / "stripes.npz")
+  parts = victim_job.load(recipe)
+  step = victims._step_of(recipe, parts.train)
+  state = victims._start(recipe, True, victims._initial(recipe, parts.train))
+  batch = next(data.batches(parts.train, 6, seed=0))
+  predict = assessment.predictor(recipe.model)
+  after, _ = step(state.train, batch)
+  judged = victims._judge(recipe, predict, parts.validation, state.best, after)
+  step(judged.train, batch)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(after.params))
+  assert np.isfinite(jax.tree.leaves(judged.best.variables)[0]).all()
+
+
+def test_weights_moved_up_the_loss_are_another_training(tmp_path):
+  write(tmp_path)
+  recipe = fading_recipe(tmp_path / "stripes.npz", train_steps=2, **rising(0.05))
+  parts = victim_job.load(recipe)
+  moved = dataclasses.replace(recipe, weights=training.adversarial_weights(0.1))
+  trained = [
+    victims.train(r, parts.train, tmp_path / name, validation=parts.validation)
+    for r, name in ((recipe, "a"), (moved, "b"))
+  ]
+  kernels = [jax.tree.leaves(each.variables)[-1] for each in trained]
+  assert np.abs(kernels[0] - kernels[1]).max() > 1e-5
+  tasks = [victim_job.plan(r, parts, tmp_path) for r in (recipe, moved)]
+  assert tasks[0].settings["defence"] != tasks[1].settings["defence"]
+  with pytest.raises(experiments.ConfigError, match=r"`weights` is set without"):
+    dataclasses.replace(moved, defence=None)
 
 
 def test_what_watches_needs_images_to_watch(tmp_path):
