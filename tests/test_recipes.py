@@ -17,6 +17,7 @@ from jaxadv import (
   combine,
   defences,
   forwards,
+  free_training,
   gradient_attack,
   losses,
   threats,
@@ -44,16 +45,19 @@ NAMES = {
   "eps": EPS,
   "f": lambda x: helpers.convnet()(x)[0],
   "forwards": forwards,
+  "free_training": free_training,
   "g": lambda x: helpers.convnet()(x)[0] ** 3,
   "gradient_attack": gradient_attack,
   "jnp": jnp,
   "key": KEY,
   "losses": losses,
   "threats": threats,
+  "state": training.init_state(KEY, jnp.zeros(()), {}, optax.sgd(0.1)),
   "training": training,
   "transforms": transforms,
   "tx": optax.sgd(0.1),
   "x": X,
+  "y": jnp.arange(4) % 3,
 }
 
 
@@ -82,6 +86,12 @@ def test_a_recipe_attacks(number):
       after, _ = jax.jit(made[name])(state, {"image": X, "label": label})
       found[name] = after
       assert after.params != 0
+  if names["state"] is not NAMES["state"]:  # the block has trained by itself
+    found["state"] = names["state"]
+    assert names["state"].params != 0
+  for name in ("carried", "pattern"):
+    if name in made:
+      assert 0 < jnp.abs(made[name].delta).max() <= EPS + 1e-6
   assert found or "predict" in names
 
 
