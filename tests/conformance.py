@@ -2,8 +2,8 @@
 
 A row says how to make the attack from ONE number (its radius, or its step when there is
 no ball) and which task it attacks. Models and images are tiny; the numbers of a row are
-chosen so that the attack gets somewhere on them in a few steps. A universal perturbation
-is one state for all examples: `test_universal.py` has those, of label sets too.
+chosen so that the attack gets somewhere on them in a few steps. Universal ones, which
+are one state for all examples, are in `test_universal.py`, of label sets too.
 """
 
 import functools
