@@ -20,18 +20,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["avg_pool", "conv_general_dilated", "depth_to_space", "max_pool"]
+from jaxadv.models import patches, weight_gradient
 
-Pads = tuple[tuple[int, int], ...]
+__all__ = ["avg_pool", "conv_general_dilated", "depth_to_space", "max_pool"]
 
 
 class _Spec(NamedTuple):
   """What is static about one convolution."""
 
   strides: tuple[int, ...]
-  pads: Pads
+  pads: patches.Pads
   precision: Any
   depthwise: bool = False
+  own_weight_gradient: bool = True
 
 
 class _Windows(NamedTuple):
@@ -39,7 +40,7 @@ class _Windows(NamedTuple):
 
   window: tuple[int, ...]
   strides: tuple[int, ...]
-  pads: Pads
+  pads: patches.Pads
   sides: tuple[int, ...]
 
 
@@ -110,7 +111,10 @@ def conv_general_dilated(
       preferred_element_type=preferred_element_type,
     )
   pads = _pads(lhs, rhs.shape[:-2], window_strides, padding)
-  return _convolve(lhs, rhs, _Spec(tuple(window_strides), pads, precision, groups > 1))
+  spec = _Spec(
+    tuple(window_strides), pads, precision, groups > 1, weight_gradient.enabled()
+  )
+  return _convolve(lhs, rhs, spec)
 
 
 def max_pool(
@@ -229,14 +233,7 @@ def _fits(lhs, rhs, dimension_numbers, groups):
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   same = lhs.shape[-1] == groups * rhs.shape[-2] and lhs.dtype == rhs.dtype
   alone = groups == 1 or groups == lhs.shape[-1] == rhs.shape[-1]
-  return same and alone and numbers == _layout(lhs.ndim)
-
-
-def _layout(ndim):
-  space = tuple(range(1, ndim - 1))
-  images = (0, ndim - 1, *space)
-  kernel = (ndim - 1, ndim - 2, *range(ndim - 2))
-  return lax.ConvDimensionNumbers(images, kernel, images)
+  return same and alone and numbers == patches.layout(lhs.ndim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -250,10 +247,26 @@ def _convolve_forward(image, kernel, spec):
 
 def _convolve_backward(spec, saved, cotangent):
   image, kernel = saved
-  kernel_gradient = jax.linear_transpose(lambda k: _run(image, k, spec), kernel)
-  return _image_gradient(spec, image.shape, kernel, cotangent), *kernel_gradient(
-    cotangent
+  return (
+    _image_gradient(spec, image.shape, kernel, cotangent),
+    _kernel_gradient(spec, image, kernel, cotangent),
   )
+
+
+def _kernel_gradient(spec, image, kernel, cotangent):
+  """Ours on CPU, where autodiff's is slow; accelerators have kernels for theirs."""
+
+  def transpose(forward, shapes, image, cotangent):
+    return weight_gradient.gradient(forward, image, kernel, cotangent, shapes)
+
+  autodiff = functools.partial(transpose, _run, spec)
+  # an explicit mesh axis on the batch: `lax` cannot follow it through our labels
+  placed = any(jax.typeof(cotangent).sharding.spec)
+  if spec.depthwise or placed or not spec.own_weight_gradient:
+    return autodiff(image, cotangent)
+  forward = weight_gradient.way(image, kernel, cotangent)
+  ours = functools.partial(transpose, forward, weight_gradient.Shapes(*spec[:3]))
+  return lax.platform_dependent(image, cotangent, cpu=ours, default=autodiff)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -267,7 +280,7 @@ def _run(image, kernel, spec):
   # XLA swaps map and kernel where the kernel is larger, and ends in a scalar loop
   if math.prod(window) == 1 or pixels < math.prod(window):
     return _matmul(image, kernel, spec)
-  layout = _layout(image.ndim)
+  layout = patches.layout(image.ndim)
   return lax.conv_general_dilated(
     image,
     kernel,
@@ -280,7 +293,7 @@ def _run(image, kernel, spec):
 
 def _matmul(image, kernel, spec):
   """The convolution as one product of shifted images and the kernel."""
-  columns = _columns(image, kernel.shape[:-2], spec.strides, spec.pads, 0)
+  columns = patches.columns(image, kernel.shape[:-2], spec.strides, spec.pads)
   matrix = kernel.reshape(-1, kernel.shape[-1])
   return jnp.dot(jnp.concatenate(columns, -1), matrix, precision=spec.precision)
 
@@ -288,22 +301,10 @@ def _matmul(image, kernel, spec):
 def _shifted_sum(image, kernel, spec):
   """The depthwise convolution, summed in float32 at least."""
   wide = jnp.promote_types(image.dtype, jnp.float32)
-  columns = _columns(image, kernel.shape[:-2], spec.strides, spec.pads, 0)
+  columns = patches.columns(image, kernel.shape[:-2], spec.strides, spec.pads)
   taps = kernel.reshape(-1, *(1,) * (image.ndim - 1), kernel.shape[-1]).astype(wide)
   products = [c.astype(wide) * tap for c, tap in zip(columns, taps, strict=True)]
   return functools.reduce(jnp.add, products).astype(image.dtype)
-
-
-def _columns(image, window, strides, pads, fill):
-  """What each tap of the window sees, taps in row-major order."""
-  edges = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
-  padded = lax.pad(image, jnp.asarray(fill, image.dtype), edges)
-  sides = list(zip(padded.shape[1:-1], window, strides, strict=True))
-  columns = []
-  for start in itertools.product(*map(range, window)):
-    ends = [first + n - k + 1 for first, (n, k, _) in zip(start, sides, strict=True)]
-    columns.append(padded[(slice(None), *map(slice, start, ends, strides))])
-  return columns
 
 
 def _image_gradient(spec, shape, kernel, cotangent):
@@ -351,7 +352,7 @@ def _pool(image, windows):
 def _pool_forward(image, windows):
   """The maximum, and the position inside its window of the first pixel that has it."""
   window, strides, pads, _ = windows
-  parts = _columns(image, window, strides, pads, -jnp.inf)
+  parts = patches.columns(image, window, strides, pads, -jnp.inf)
   best, where = parts[0], jnp.zeros(parts[0].shape, jnp.uint8)
   for position, part in enumerate(parts[1:], 1):
     where = jnp.where(part > best, jnp.uint8(position), where)
