@@ -254,19 +254,13 @@ def _convolve_backward(spec, saved, cotangent):
 
 
 def _kernel_gradient(spec, image, kernel, cotangent):
-  """Ours on CPU, where autodiff's is slow; accelerators have kernels for theirs."""
-
-  def transpose(forward, shapes, image, cotangent):
-    return weight_gradient.gradient(forward, image, kernel, cotangent, shapes)
-
-  autodiff = functools.partial(transpose, _run, spec)
   # an explicit mesh axis on the batch: `lax` cannot follow it through our labels
   placed = any(jax.typeof(cotangent).sharding.spec)
-  if spec.depthwise or placed or not spec.own_weight_gradient:
-    return autodiff(image, cotangent)
-  forward = weight_gradient.way(image, kernel, cotangent)
-  ours = functools.partial(transpose, forward, weight_gradient.Shapes(*spec[:3]))
-  return lax.platform_dependent(image, cotangent, cpu=ours, default=autodiff)
+  forward, shapes = _run, spec
+  if spec.own_weight_gradient and not (spec.depthwise or placed):
+    forward = weight_gradient.way(image, kernel, cotangent)
+    shapes = weight_gradient.Shapes(*spec[:3])
+  return weight_gradient.gradient(forward, image, kernel, cotangent, shapes)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)

@@ -156,8 +156,12 @@ def way(image: jax.Array, kernel: Any, cotangent: jax.Array) -> Forward:
 
 
 def enabled() -> bool:
-  """Whether convolutions traced now get these gradients: not under `as_autodiff`."""
-  return _ENABLED.get()
+  """Whether convolutions traced now get these gradients.
+
+  Where CPU is the default backend, and not under `as_autodiff`. Accelerators have
+  kernels for the gradient that autodiff labels.
+  """
+  return _ENABLED.get() and jax.default_backend() == "cpu"
 
 
 @contextlib.contextmanager
