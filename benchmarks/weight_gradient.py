@@ -104,12 +104,12 @@ def by_autodiff(image, kernel, cotangent, shapes):
 
 def by_convolution(image, kernel, cotangent, shapes):
   forward = weight_gradient.as_convolution
-  return weight_gradient.gradient(forward, image, kernel, cotangent, shapes)
+  return weight_gradient.gradient(forward, image, kernel, cotangent, shapes=shapes)
 
 
 def by_product(image, kernel, cotangent, shapes):
   forward = weight_gradient.as_product
-  return weight_gradient.gradient(forward, image, kernel, cotangent, shapes)
+  return weight_gradient.gradient(forward, image, kernel, cotangent, shapes=shapes)
 
 
 WAYS = {

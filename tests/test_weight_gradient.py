@@ -53,7 +53,7 @@ def test_both_ways_give_the_numbers_of_autodiff_in_float64(rank):
   def all_gradients(arrays):
     return [
       [
-        weight_gradient.gradient(forward, image, kernel, cotangent, shape)
+        weight_gradient.gradient(forward, image, kernel, cotangent, shapes=shape)
         for (image, kernel, cotangent), shape in zip(arrays, shapes, strict=True)
       ]
       for forward in (_plain, *FORWARDS)

@@ -260,7 +260,7 @@ def _kernel_gradient(spec, image, kernel, cotangent):
   if spec.own_weight_gradient and not (spec.depthwise or placed):
     forward = weight_gradient.way(image, kernel, cotangent)
     shapes = weight_gradient.Shapes(*spec[:3])
-  return weight_gradient.gradient(forward, image, kernel, cotangent, shapes)
+  return weight_gradient.gradient(forward, image, kernel, cotangent, shapes=shapes)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -346,7 +346,7 @@ def _pool(image, windows):
 def _pool_forward(image, windows):
   """The maximum, and the position inside its window of the first pixel that has it."""
   window, strides, pads, _ = windows
-  parts = patches.columns(image, window, strides, pads, -jnp.inf)
+  parts = patches.columns(image, window, strides, pads, fill=-jnp.inf)
   best, where = parts[0], jnp.zeros(parts[0].shape, jnp.uint8)
   for position, part in enumerate(parts[1:], 1):
     where = jnp.where(part > best, jnp.uint8(position), where)

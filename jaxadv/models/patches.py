@@ -16,6 +16,7 @@ def columns(
   window: tuple[int, ...],
   strides: tuple[int, ...],
   pads: Pads,
+  *,
   fill: float = 0.0,
 ) -> list[jax.Array]:
   """What each tap of the window sees, taps in row-major order.

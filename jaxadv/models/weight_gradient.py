@@ -56,7 +56,12 @@ Forward = Callable[[jax.Array, jax.Array, Shapes], jax.Array]
 
 
 def gradient(
-  forward: Forward, image: jax.Array, kernel: Any, cotangent: jax.Array, shapes: Shapes
+  forward: Forward,
+  image: jax.Array,
+  kernel: Any,
+  cotangent: jax.Array,
+  *,
+  shapes: Shapes,
 ) -> jax.Array:
   """The transpose of `forward` in its kernel.
 
@@ -73,7 +78,8 @@ def gradient(
   Example:
     >>> ones, kernel = jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 3))
     >>> shapes = Shapes((1, 1), ((1, 1), (1, 1)))
-    >>> gradient(as_convolution, ones, kernel, ones, shapes)[:, :, 0, 0].tolist()
+    >>> g = gradient(as_convolution, ones, kernel, ones, shapes=shapes)
+    >>> g[:, :, 0, 0].tolist()
     [[18.0, 24.0, 18.0], [24.0, 32.0, 24.0], [18.0, 24.0, 18.0]]
   """
   linear = lambda kernel: forward(image, kernel, shapes)
