@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import attacks, combine, data, inputs, loops, losses, scores, summaries
+from jaxadv import (
+  attacks,
+  combine,
+  data,
+  inputs,
+  loops,
+  losses,
+  metrics,
+  scores,
+  summaries,
+)
 from jaxadv.types import AttackFn, LossFn, call, example_keys
 
 __all__ = [
@@ -41,6 +51,7 @@ VIEWS = (
   "pgd large",
   "apgd",
   "square",
+  "quantised",
 )
 # What an attacker with the weights can do at the radius, doing nothing among it.
 WHITE_BOX = ("clean", "fgsm", "pgd once", "pgd", "pgd long", "apgd")
@@ -86,6 +97,7 @@ def measure(
                                                              image, its best point
       apgd        the worst of the task loss and of `hard_loss`
       square      random search, without gradients
+      quantised   the images of `pgd` as 8-bit files store them
 
   The worst is taken per image: most wrong decisions, of equal ones the largest loss.
   All but `apgd` and `square`, which follows the margin, raise the task loss.
@@ -107,8 +119,9 @@ def measure(
     For each name float32 logits `(N, K)`, or `(N, L)` of label sets.
 
   Raises:
-    ValueError: for masks, no images, a radius not above 0, a batch size below 1, an
-      unknown name, labels that do not fit the logits, and logits that are not finite.
+    ValueError: for masks, no images, a radius not above 0, a batch size or an effort
+      below 1, an unknown name, labels that do not fit the logits, and logits that are
+      not finite.
 
   Example:
     >>> model = lambda scale, x: scale * jnp.hstack([x[:, 0, 0], 1 - x[:, 0, 0]])
@@ -120,6 +133,7 @@ def measure(
   """
   _check(dataset, eps, batch_size, names)
   effort = Effort() if effort is None else effort
+  _check_effort(effort)
 
   @functools.cache
   def run(program, num_steps, number, radius):
@@ -138,9 +152,11 @@ def measure(
     _check_logits(program, logits, dataset.labels)
     return logits
 
+  # the last logits of `pgd` are those of its images as 8-bit files store them
+  kept = {name: -1 if name == "quantised" else 0 for name in names}
   return {
-    name: _worst([run(*how) for how in _runs(name, effort, eps)], dataset.labels)
-    for name in names
+    name: _worst([run(*how)[:, n] for how in _runs(name, effort, eps)], dataset.labels)
+    for name, n in kept.items()
   }
 
 
@@ -151,11 +167,16 @@ def rates(found: Found, dataset: data.Dataset) -> dict[str, dict[str, Any]]:
     found: from `measure`.
     dataset: which was measured.
 
+  The AUROC compares images, and logits of different attacks do not compare: that of
+  `worst` is the least of the white-box views'.
+
   Returns:
     For each view `accuracy`, the share of right decisions (of label sets: of labels),
-    its 95 % bootstrap interval over the images `low` and `high`, and for classes
-    `balanced_accuracy`, for label sets `exact_match` and the mean `auroc`; a score that
-    is not defined is `None`.
+    its 95 % bootstrap interval over the images `low` and `high`, and the mean `auroc`;
+    for classes `balanced_accuracy` and `quadratic_kappa`, for label sets `exact_match`.
+    Where the clean view was measured also `fooling`, the share of decisions that differ
+    from those on the clean images, and for label sets `hidden` and `invented`, see
+    `scores.flipped_labels`. A score that is not defined is `None`.
 
   Example:
     >>> y, x = np.array([0, 1]), np.zeros((2, 4, 4, 1))
@@ -164,8 +185,13 @@ def rates(found: Found, dataset: data.Dataset) -> dict[str, dict[str, Any]]:
     >>> [(name, rate["accuracy"]) for name, rate in rates(found, dataset).items()]
     [('clean', 1.0), ('pgd', 0.5), ('worst', 0.5)]
   """
-  found = dict(found) | {"worst": worst(found, dataset.labels)}
-  return {name: _rates(logits, dataset) for name, logits in found.items()}
+  views = dict(found) | {"worst": worst(found, dataset.labels)}
+  clean = found.get("clean")
+  rates = {name: _rates(logits, clean, dataset) for name, logits in views.items()}
+  areas = [rates[name]["auroc"] for name in WHITE_BOX if name in found]
+  known = [area for area in areas if area is not None]
+  rates["worst"]["auroc"] = min(known, default=None)
+  return rates
 
 
 def worst(found: Found, labels: np.ndarray) -> np.ndarray:
@@ -233,23 +259,28 @@ _PROGRAMS: dict[str, Callable[[Any, int, LossFn], AttackFn]] = {
 def _runs(view, effort, eps):
   """What a view is made of: program, its steps, number of the run, radius."""
   apgd, pgd = effort.apgd_steps, effort.steps
+  restarts = [("pgd", pgd, number, eps) for number in range(effort.restarts)]
   return {
     "clean": [("identity", 0, 0, eps)],
     "again": [("identity", 0, 1, eps)],
     "noise": [("signs", 0, 0, eps)],
     "fgsm": [("fgsm", 1, 0, eps)],
     "pgd once": [("pgd", pgd, 0, eps)],
-    "pgd": [("pgd", pgd, number, eps) for number in range(effort.restarts)],
+    "pgd": restarts,
     "pgd long": [("pgd", effort.long_steps, 0, eps)],
     "pgd large": [("far pgd", effort.long_steps, 0, max(eps, effort.radius))],
     "apgd": [("apgd", apgd, 0, eps), ("hard apgd", apgd, 1, eps)],
     "square": [("square", effort.queries, 0, eps)],
+    "quantised": restarts,
   }[view]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _attacked(predict, program, num_steps, given):
-  """Logits of a batch under one attack; what may change between calls is traced."""
+  """Logits `(B, 1, K)` under one attack, of `pgd` `(B, 2, K)`: as found, and stored.
+
+  What may change between calls is traced.
+  """
   model = functools.partial(predict, given["variables"])
   image, label = given["image"], given["label"]
   logits = jax.eval_shape(lambda image: call(model, image)[0], image)
@@ -258,7 +289,11 @@ def _attacked(predict, program, num_steps, given):
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, given["id"])
   hard = hard_loss(label.ndim == 2, logits.shape[-1])
   attack = _PROGRAMS[program](given["eps"], num_steps, hard)
-  return attack(keys, model, image, label).logits.astype(jnp.float32)
+  result = attack(keys, model, image, label)
+  found = [result.logits]
+  if program == "pgd":
+    found.append(call(model, metrics.round8(result.image))[0])
+  return jnp.stack(found, 1).astype(jnp.float32)
 
 
 def _signs(eps):
@@ -293,14 +328,26 @@ def _harm(labels, logits):
   return wrong, rival - np.where(own, logits, 0).sum(1)
 
 
-def _rates(logits, dataset):
-  share = summaries.interval(right(logits, dataset.labels).mean(1))
+def _rates(logits, clean, dataset):
+  labels, names = dataset.labels, dataset.class_names
+  share = summaries.interval(right(logits, labels).mean(1))
   found = {"accuracy": share["mean"], "low": share["low"], "high": share["high"]}
   if dataset.kind == "set":
-    report = scores.label_sets(logits, dataset.labels, dataset.class_names)
-    return found | {name: report[name] for name in ("exact_match", "auroc")}
-  report = scores.classification(logits, dataset.labels, dataset.class_names)
-  return found | {"balanced_accuracy": report["balanced_accuracy"]}
+    report = scores.label_sets(logits, labels, names)
+    found |= {name: report[name] for name in ("exact_match", "auroc")}
+  else:
+    report = scores.classification(logits, labels, names)
+    kept = ("balanced_accuracy", "quadratic_kappa", "auroc")
+    found |= {name: report[name] for name in kept}
+  return found if clean is None else found | _changes(clean, logits, dataset)
+
+
+def _changes(clean, logits, dataset):
+  """What differs from the decisions on the clean images."""
+  if dataset.kind == "class":
+    return {"fooling": float((clean.argmax(1) != logits.argmax(1)).mean())}
+  report = scores.flipped_labels(clean, logits, dataset.labels, dataset.class_names)
+  return {name: report[name] for name in ("fooling", "hidden", "invented")}
 
 
 def _check(dataset, eps, batch_size, names):
@@ -318,9 +365,19 @@ def _check(dataset, eps, batch_size, names):
     inputs.check_choice("names", name, VIEWS)
 
 
+def _check_effort(effort):
+  inputs.check_positive("radius", effort.radius, zero=False)
+  for name, count in effort._asdict().items():
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if name != "radius" and not (whole and count >= 1):
+      raise ValueError(
+        f"`{name}` of the effort is {count!r}; write a whole number, 1 or more."
+      )
+
+
 def _check_logits(program, logits, labels):
-  inputs.check_classes({"label": labels}, logits)
-  broken = int((~np.isfinite(logits)).any(1).sum())
+  inputs.check_classes({"label": labels}, logits[:, 0])
+  broken = int((~np.isfinite(logits)).any((1, 2)).sum())
   if broken:
     raise ValueError(
       f"on {broken} of {len(logits)} images the logits are not finite (program "

@@ -142,6 +142,7 @@ def test_a_broken_defence_is_noticed(defence, failed):
 def test_a_defence_that_draws_at_random_is_noticed():
   verdict = trust.judge(measured("dropout"), dataset())
   assert not verdict.reliable
+  # what else fails is chance: the counts of every other view are drawn anew as well
   assert "repeat" in verdict.failed
 
 
@@ -200,9 +201,115 @@ def test_label_sets_are_judged_by_their_labels():
   assert rates["clean"]["accuracy"] == rates["clean"]["exact_match"] == 0.95
   assert rates["worst"]["accuracy"] < rates["noise"]["accuracy"]
   assert rates["pgd"]["auroc"] < rates["clean"]["auroc"]
+  assert rates["worst"]["auroc"] == min(rates[n]["auroc"] for n in robustness.WHITE_BOX)
+  assert rates["pgd"]["fooling"] > 0 == rates["clean"]["fooling"]
   masked = measured("gradient killer", label_sets=True)
   verdict = trust.judge(masked, dataset(label_sets=True))
   assert verdict.failed == ("gradient", "radius", "noise", "square")
+
+
+def findings(variables, x):
+  """14 findings, the odd function of the image; the first ones without a gradient."""
+  rng = np.random.default_rng(7)
+  logits = (x.reshape(len(x), -1) - 0.5) @ rng.normal(0, 1, (64, 14)).astype(np.float32)
+  masked = jnp.arange(14) < variables["masked"]
+  return jnp.where(masked, jax.lax.stop_gradient(logits), logits)
+
+
+def test_a_label_set_that_hides_three_labels_of_fourteen_is_noticed():
+  x = dataset().images
+  labels = (np.asarray(findings({"masked": 0}, x)) > 0).astype(np.int32)
+  sets = dataset()._replace(labels=labels, class_names=tuple("abcdefghijklmn"))
+  names = ("clean", "fgsm", "pgd large")
+  failed = {}
+  for masked in (0, 3):
+    part = robustness.measure(
+      findings, {"masked": np.int32(masked)}, sets, EPS, names=names, effort=EFFORT
+    )
+    # the other views leave all labels right, against which no check has anything
+    found = dict.fromkeys(robustness.VIEWS, part["clean"]) | part
+    found |= {"pgd": part["fgsm"]}
+    # no image is wholly right in either: what counts is each label
+    assert not robustness.right(part["pgd large"], labels).all(1).any()
+    failed[masked] = trust.judge(found, sets).failed
+  assert failed == {0: (), 3: ("radius",)}
+
+
+def test_square_on_label_sets_is_compared_by_images():
+  labels = np.zeros((100, 14), int)
+  right = np.full((100, 14), -1.0)
+  one, three = right.copy(), right.copy()
+  one[:, 0] = 1
+  three[:40, :3] = 1
+  white = dict.fromkeys(("fgsm", "pgd once", "pgd", "pgd long", "apgd"), three)
+  found = dict.fromkeys(robustness.VIEWS, right) | white | {"pgd large": -right}
+  sets = data.Dataset(
+    labels, labels, np.arange(100), ["x"] * 100, tuple("abcdefghijklmn")
+  )
+  found["fgsm"] = three * 1.1
+  assert trust.judge(found, sets).failed == ()
+  verdict = trust.judge(found | {"square": one}, sets)
+  assert verdict.failed == ("square",)
+  assert verdict.checks[-1].evidence == (
+    "Square leaves 0 of 100 images without a wrong decision, "
+    "the worst white-box attack of each image 60."
+  )
+  few = right.copy()
+  few[:42, 0] = 1  # 2 of 100 may speak against it
+  assert trust.judge(found | {"square": few}, sets).failed == ()
+
+
+def test_rates_compare_with_the_clean_decisions():
+  y = np.array([0, 1, 2, 2])
+  classes = data.Dataset(np.zeros((4, 2, 2, 1)), y, y, ["x"] * 4, tuple("abc"))
+  found = {"clean": np.eye(3)[[0, 1, 2, 1]], "pgd": np.eye(3)[[0, 1, 1, 1]]}
+  rates = robustness.rates(found, classes)
+  assert rates["pgd"]["fooling"] == 0.25  # the last was wrong before
+  assert rates["clean"]["fooling"] == 0
+  assert rates["pgd"]["quadratic_kappa"] == pytest.approx(1 - 2 / 4.5)
+  assert "fooling" not in robustness.rates({"pgd": found["pgd"]}, classes)["pgd"]
+  alone = robustness.rates({"clean": np.eye(3)[[0]]}, data.take(classes, [0]))
+  assert alone["clean"]["auroc"] is alone["clean"]["quadratic_kappa"] is None
+
+  labels = np.array([[1, 0], [1, 0]])
+  sets = data.Dataset(np.zeros((2, 2, 2, 1)), labels, y[:2], ["x"] * 2, ("a", "b"))
+  clean, pgd = np.array([[1.0, -1], [1, 1]]), np.array([[-1.0, -1], [1, 1]])
+  rates = robustness.rates({"clean": clean, "pgd": pgd}, sets)["pgd"]
+  assert (rates["fooling"], rates["hidden"], rates["invented"]) == (0.25, 0.5, 0.0)
+
+
+def test_the_auroc_of_the_worst_is_that_of_one_attack():
+  labels = np.array([[1, 1], [0, 1]])
+  sets = data.Dataset(np.zeros((2, 2, 2, 1)), labels, labels[0], ["x"] * 2, ("a", "b"))
+  # PGD has more wrong labels on both images, FGSM the wrong order of them in "a"
+  found = {
+    "fgsm": np.array([[1.0, 1.0], [2.0, 1.0]]),
+    "pgd": np.array([[4.0, -1.0], [3.0, -1.0]]),
+  }
+  rates = robustness.rates(found, sets)
+  assert (rates["fgsm"]["auroc"], rates["pgd"]["auroc"]) == (0.0, 1.0)
+  np.testing.assert_array_equal(robustness.worst(found, labels), found["pgd"])
+  assert rates["worst"]["auroc"] == 0.0
+  assert rates["worst"]["accuracy"] == rates["pgd"]["accuracy"] == 0.25
+
+
+def test_quantised_are_the_images_of_pgd_in_8_bits():
+  # a model that sees what is between two grey levels, and nothing else
+  between = lambda gain, x: (
+    gain
+    * jnp.stack(
+      [x[:, 0, 0, 0] * 255 - jnp.round(x[:, 0, 0, 0] * 255), 0 * x[:, 0, 0, 0]], 1
+    )
+  )
+  whole = dataset()._replace(
+    images=np.full((60, 8, 8, 1), 100, np.uint8), labels=np.zeros(60, int)
+  )
+  names = ("pgd", "quantised")
+  found = robustness.measure(
+    between, 1.0, whole, 0.3 / 255, names=names, effort=EFFORT._replace(steps=2)
+  )
+  np.testing.assert_allclose(found["pgd"][:, 0], -0.3, atol=1e-3)
+  np.testing.assert_allclose(found["quantised"], 0, atol=1e-4)
 
 
 def test_the_second_loss_of_apgd_is_one_that_the_labels_allow():
@@ -283,6 +390,8 @@ def test_repeat_and_gradient_forgive_a_rounding_and_no_more():
 
 def test_a_check_without_its_views_is_refused():
   found, dataset = views(**HEALTHY)
+  del found["quantised"]  # of which no check reads
+  assert trust.judge(found, dataset).failed == ()
   del found["square"]
   with pytest.raises(ValueError, match="views are missing: square"):
     trust.judge(found, dataset)
@@ -297,6 +406,13 @@ def test_a_check_without_its_views_is_refused():
     ({"eps": -0.1}, "`eps` is -0.1"),
     ({"names": ["pgd", "cw"]}, "`names` is 'cw'; write one of clean"),
     ({"batch_size": 0}, "`batch_size` is 0"),
+    ({"effort": EFFORT._replace(restarts=0)}, "`restarts` of the effort is 0"),
+    ({"effort": EFFORT._replace(queries=1.5)}, "`queries` of the effort is 1.5"),
+    (
+      {"effort": EFFORT._replace(long_steps=True)},
+      "`long_steps` of the effort is True",
+    ),
+    ({"effort": EFFORT._replace(radius=0)}, "`radius` is 0"),
     ({"dataset": data.phantoms(2, size=16)}, "labels are masks"),
     ({"dataset": dataset()._replace(images=np.zeros((0, 8, 8, 1)))}, "no images"),
     (
@@ -315,6 +431,8 @@ def test_a_check_without_its_views_is_refused():
 )
 def test_bad_input_is_refused(change, message):
   given = {"variables": variables(), "dataset": dataset(), "eps": EPS} | change
-  options = {name: given.pop(name) for name in ("names", "batch_size") if name in given}
+  options = {
+    name: given.pop(name) for name in ("names", "batch_size", "effort") if name in given
+  }
   with pytest.raises(ValueError, match=message):
     robustness.measure(predict, *given.values(), **{"names": ["clean"]} | options)
