@@ -42,6 +42,7 @@ ALLOWED = {
   "training": {"types", "inputs", "outer_losses"},
   "defences": GROUND | PARTS | {"types", "engine", "combine", "attacks", "training"},
   "free_training": {"types", "inputs", "training"},
+  "generative": {"types", "inputs", "targets", "threats", "combine", "training"},
   "augment": {"types", "training"},
   "loops": {"types"},
   "checkpoints": {"types"},

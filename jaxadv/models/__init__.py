@@ -5,6 +5,7 @@ from jaxadv.models.convnet import ConvNet
 from jaxadv.models.convolution import conv_general_dilated
 from jaxadv.models.densenet import DenseNet, densenet121, densenet169
 from jaxadv.models.efficientnet import EfficientNetLite0
+from jaxadv.models.generator import Generator
 from jaxadv.models.inception import InceptionV3
 from jaxadv.models.inception_resnet import InceptionResNetV2
 from jaxadv.models.resnet import ResNet, resnet18, resnet50
@@ -17,6 +18,7 @@ __all__ = [
   "ConvNet",
   "DenseNet",
   "EfficientNetLite0",
+  "Generator",
   "InceptionResNetV2",
   "InceptionV3",
   "ResNet",
