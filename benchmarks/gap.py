@@ -9,7 +9,9 @@ is judged on test images, as stored in 8 bits. No attack sees the truth: all com
 with what the victim decides on the clean image.
 
 `pgd` and `universal` lead away from the decision, `pgd, opposite` to the least likely
-class, or to the opposite of every label, `gap` likewise to the one or away. `fooled` is
+class, or to the opposite of every label, `gap` likewise to the one or away; all by the
+cross-entropy, but those named `margin`, on label sets, by `losses.label_margin`.
+`fooled` is
 the share of decisions that changed, with 95 % bootstrap intervals over the images,
 `opposite` that of those at the least likely class, `size` the mean of the absolute
 change in 1/255, and `gradients` how many of the victim an attack takes per image once
@@ -37,6 +39,7 @@ from jaxadv import (
   experiments,
   generative,
   loops,
+  losses,
   progress,
   records,
   scores,
@@ -147,7 +150,7 @@ def table(rows):
 
 def _attacks(task, plan):
   """`{name: (attack, gradients, whether its y is the opposite)}`."""
-  eps, steps = plan.eps, plan.pgd_steps
+  eps, steps = plan.eps, {"num_steps": plan.pgd_steps}
   signs = attacks.random_universal(eps, kind="sign").init
   bits = lambda key, image: signs(key, image).delta
   random = threats.linf(eps)._replace(init=bits)
@@ -155,15 +158,22 @@ def _attacks(task, plan):
     "prepare": targets.predictions,
     "loss": lambda z, y: -jnp.log(training.task_loss(z, y)),
   }
-  return {
+  rows = {
     "random signs": (_noise(random), 0, False),
-    "pgd": (attacks.pgd(eps, num_steps=steps), steps, False),
-    "pgd, opposite": (attacks.pgd(eps, num_steps=steps, targeted=True), steps, True),
+    "pgd": (attacks.pgd(eps, **steps), plan.pgd_steps, False),
+    "pgd, opposite": (attacks.pgd(eps, **steps, targeted=True), plan.pgd_steps, True),
     "gap, opposite": (_gap(task, plan), 0, False),
     "gap, away": (_gap(task, plan, **away), 0, False),
     "gap, universal": (_gap(task, plan, universal=True, **away), 0, False),
     "universal": (_universal(task, plan), 0, False),
   }
+  if task.test.kind == "set":
+    loss = lambda z, y: -losses.label_margin(types.decided(z, y))
+    pgd = attacks.pgd(eps, **steps, loss=losses.label_margin)
+    rows["pgd, margin"] = (pgd, plan.pgd_steps, False)
+    gap = _gap(task, plan, prepare=targets.predictions, loss=loss)
+    rows["gap, margin"] = (gap, 0, False)
+  return rows
 
 
 def _noise(threat):
