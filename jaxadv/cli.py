@@ -20,7 +20,7 @@ _OVERRIDES = {
   "--gallery": ("gallery", "pairs shown per attack"),
 }
 # What the `report` extra brings.
-_NEEDED = ("jinja2", "matplotlib", "rich")
+_NEEDED = ("jinja2", "matplotlib", "rich", "sklearn", "threadpoolctl")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

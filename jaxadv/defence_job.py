@@ -131,7 +131,8 @@ def defend(run: Run) -> dict[str, Any]:
 
   Raises:
     RecordError: when the folder holds another run, or another run is using it.
-    JobError: for a model whose logits are not finite, and a torn checkpoint.
+    JobError: for a model whose logits are not finite, on clean or on attacked images,
+      and a torn checkpoint.
   """
   started = time.perf_counter()
   with records.lock(run.folder):
@@ -155,14 +156,11 @@ def _attack(run, name, victim, progress):
   with progress("attacking", len(missing), 0) as advance:
     for eps in missing:
       views = robustness.VIEWS if eps == run.study.eps else _ELSEWHERE
-      found = robustness.measure(
-        victim.predict,
-        victim.variables,
-        run.test,
-        eps,
-        names=views,
-        effort=run.study.effort,
-      )
+      model, effort = (victim.predict, victim.variables), run.study.effort
+      try:
+        found = robustness.measure(*model, run.test, eps, names=views, effort=effort)
+      except ValueError as error:
+        raise JobError(f"{name}: {error}") from error
       file = io.BytesIO()
       np.savez(file, allow_pickle=False, **found)
       records.write_atomically(_file(run, name, eps), file.getvalue())

@@ -1,5 +1,6 @@
 """What people look at after `jaxadv defend`: the table, the curves, the report page."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from jaxadv import analysis_plots, report, summaries
 
-__all__ = ["SCORES", "curves", "gains", "page", "table", "verdicts"]
+__all__ = ["SCORES", "caption", "curves", "gains", "page", "table", "verdicts"]
 
 # Attacks that are shown, as the tables name them.
 _SHOWN = {"pgd": "PGD", "apgd": "APGD", "square": "Square", "worst": "worst"}
@@ -82,17 +83,26 @@ def curves(results: Mapping[str, Any]) -> dict[str, list[float]]:
     results: what `results.json` holds.
 
   Returns:
-    Means over the seeds, of the leading score.
+    Means over the seeds, of the leading score; NaN where it is not defined.
   """
   score, eps = _leading(results), results["eps"]
-  points = [(eps, "clean"), *((radius, "worst") for radius in results["radii"])]
+  points = [(eps, "clean"), *((radius, "worst") for radius in sorted(results["radii"]))]
   return {
     kind: [
-      float(np.mean(_values(results, kind, radius, f"{score} {view}")))
+      _mean(_values(results, kind, radius, f"{score} {view}"))
       for radius, view in points
     ]
     for kind in dict.fromkeys(row["kind"] for row in results["rows"])
   }
+
+
+def caption(results: Mapping[str, Any]) -> str:
+  """What the `curves` are."""
+  score, eps = SCORES[results["labels"]][_leading(results)], 255 * results["eps"]
+  return (
+    f"{score}, mean over the seeds: per image the worst of the attacks that see the "
+    f"weights at {eps:g}/255, at other radii of APGD and the clean image."
+  )
 
 
 def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -116,8 +126,9 @@ def page(results: Mapping[str, Any]) -> str:
     failed=verdicts(results),
     gains=gains(results),
     curves=report.embedded(
-      analysis_plots.accuracy_curves([0, *results["radii"]], curves(results))
+      analysis_plots.accuracy_curves([0, *sorted(results["radii"])], curves(results))
     ),
+    caption=caption(results),
     score=SCORES[results["labels"]][_leading(results)],
     rows=results["rows"],
     names=max(results["rows"], key=len),
@@ -143,6 +154,10 @@ def _values(results, kind, eps, column) -> Sequence[float]:
     for row in results["rows"]
     if row["kind"] == kind and row["eps"] == eps and row[column] is not None
   ]
+
+
+def _mean(values):
+  return float(np.mean(values)) if len(values) else math.nan
 
 
 def _percent(values):

@@ -252,7 +252,7 @@ class DefenceStudy:
     defences: name to defence.
     seeds: of weights and batches; each gives one model of every kind.
     eps: Linf radius at which all attacks are run and the numbers are put to the test.
-    radii: Linf radii of the white-box attacks; `eps` is among them.
+    radii: Linf radii, `eps` among them; at the others APGD is the only attack.
     num_images: test images that are attacked, of every class its share; `None` for all.
     effort: steps, restarts and queries of the attacks; see `robustness.Effort`.
 

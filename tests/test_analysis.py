@@ -163,11 +163,6 @@ def test_a_tie_for_the_last_place_is_in_whole():
   assert analysis.top_share(heat).sum() == 4
 
 
-def test_maps_grow_to_the_sides_of_the_image():
-  grown = analysis.resized(jnp.array([[[0.0, 4.0], [0.0, 4.0]]]), (4, 4))
-  np.testing.assert_allclose(grown[0], np.tile([0.0, 1.0, 3.0, 4.0], (4, 1)), atol=1e-6)
-
-
 @pytest.mark.parametrize("scale", [1.0, 1e-30])
 def test_the_cosine_distance(scale):
   with helpers.x64():

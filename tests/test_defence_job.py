@@ -1,8 +1,8 @@
-"""`jaxadv defend`: rows, checks, resuming after a kill, refusals, a real pack."""
+"""`jaxadv defend` and `analyse`: rows, checks, resuming after a kill, refusals."""
 
 import json
+import math
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -10,6 +10,7 @@ import sys
 import time
 
 import helpers
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from jaxadv import (
   experiments,
   robustness,
   trust,
+  victim_job,
 )
 
 CONFIG = """
@@ -42,7 +44,6 @@ def get_config(*, quick=False):
     effort=Effort(4, 2, 10, 0.6, 8, 40),
   )
 """
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MODELS = ["standard 0", "standard 1", "at 0", "at 1"]
 
 
@@ -258,3 +259,112 @@ def test_an_analysis_looks_into_a_model_of_each_kind(finished):
   heads, lines = analysis_job.table(found)
   assert [line[0] for line in lines] == ["standard", "at"]
   assert len(heads) == len(lines[0]) == 6
+
+
+SMALLEST = {
+  "train_steps=20": "train_steps=2",
+  "seeds=(0, 1)": "seeds=(0,)",
+  "radii=(0.05, 0.1)": "radii=(0.1,)",
+  "Effort(4, 2, 10, 0.6, 8, 40)": "Effort(2, 1, 2, 0.6, 2, 5)",
+}
+
+
+def write_smallest(folder, pack, changes):
+  path = write_config(folder, pack)
+  text = path.read_text()
+  for before, after in (SMALLEST | changes).items():
+    assert before in text
+    text = text.replace(before, after)
+  path.write_text(text)
+  return path
+
+
+def test_label_sets_are_defended_and_analysed(pack, tmp_path):
+  with np.load(pack) as arrays:
+    arrays = dict(arrays)
+  # noise with three findings, of which some images have none; the last is on none
+  labels = np.random.default_rng(1).integers(0, 2, (60, 3))
+  arrays |= {"labels": labels * [1, 1, 0]}
+  np.savez(tmp_path / "sets.npz", **arrays)
+  config = write_smallest(tmp_path, tmp_path / "sets.npz", {})
+  run = defence_job.prepare(config, out=tmp_path / "run")
+  found = analysis_job.analyse(run)
+  assert found["labels"] == "set"
+  assert found == json.loads((run.folder / "analysis" / "results.json").read_text())
+
+  heads, lines = defence_report.table(found)
+  with np.load(run.folder / "attacked" / "at 0" / "25.5.npz") as stored:
+    apgd = stored["apgd"]
+  wanted = 50 * sum(_auroc(apgd[:, k], run.test.labels[:, k]) for k in (0, 1))
+  assert lines[1][heads.index("APGD 25.5")] == f"{wanted:.0f}"
+  score = "auroc apgd"
+  plain, at = (row[score] for row in found["rows"])
+  heads, ((_, *cells),) = defence_report.gains(found)
+  assert cells[heads.index("APGD") - 1] == f"{round(100 * (at - plain))}"
+  assert "AUROC, mean over the findings" in (run.folder / "report.html").read_text()
+
+  heads, lines = analysis_job.table(found)
+  assert heads[-3:] == ["correlations, distance", "mean |r|, clean", "attacked"]
+  numbers = found["analysis"]["at"]
+  assert numbers["correlation_distance"] > 0
+  assert lines[1][-3] == f"{numbers['correlation_distance']:.2f}"
+  assert 0 <= numbers["probe_clean"] <= 1  # of any finding and none
+  assert (run.folder / "analysis" / "at" / "correlations.png").exists()
+
+
+def _auroc(scores, labels):
+  """The share of pairs in the right order."""
+  order = np.sign(scores[labels == 1][:, None] - scores[labels == 0][None])
+  return (1 + order).mean() / 2
+
+
+def test_a_score_that_is_nowhere_defined_leaves_a_gap_in_the_curves(finished):
+  _, results = finished
+  rows = [{**row, "accuracy worst": None} for row in results["rows"]]
+  clean, *rest = defence_report.curves(results | {"rows": rows})["at"]
+  assert 0 <= clean <= 1
+  assert all(map(math.isnan, rest))
+  page = defence_report.page(results | {"rows": rows})
+  assert "at other radii of APGD and the clean image" in page
+
+
+NOT_FINITE = """class Stored(ConvNet):
+  def __call__(self, image, train=False):
+    logits, features = super().__call__(image, train)
+    grey = 255 * image
+    stored = (abs(grey - grey.round()) < 1e-3).all((1, 2, 3))
+    return jnp.where(stored[:, None], logits, jnp.nan), features
+
+def get_config"""
+
+
+def test_logits_that_break_under_attack_are_one_line(pack, tmp_path, capsys):
+  changes = {
+    "import optax": "import flax.linen as nn, jax.numpy as jnp, optax",
+    "ConvNet(num": "Stored(num",
+    "def get_config": NOT_FINITE,
+  }
+  config = write_smallest(tmp_path, pack, changes)
+  words = ["defend", str(config), "--out", str(tmp_path / "run"), "--no-progress"]
+  assert cli.main(words) == 2
+  error = capsys.readouterr().err
+  assert "standard 0: on 9 of 9 images the logits are not finite (program" in error
+  assert error.count("\n") == 1
+
+
+def test_features_that_cannot_be_explained_are_one_line(finished, monkeypatch):
+  run, _ = finished
+  train = victim_job.train
+
+  def copies(task, **options):
+    victim = train(task, **options)
+
+    def predict(variables, images):
+      logits, features = victim.predict(variables, images)
+      return logits, {name: jnp.copy(value) for name, value in features.items()}
+
+    return victim._replace(predict=predict)
+
+  monkeypatch.setattr(victim_job, "train", copies)
+  with pytest.raises(defence_job.JobError, match=r"standard: the logits do not depend"):
+    analysis_job.analyse(run)

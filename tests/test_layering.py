@@ -63,7 +63,7 @@ APPLICATION = {
   | {"job", "universal_job", "universal_report", "victim_job"}
   | {"analysis_job", "defence_job", "defence_report"},
   "analysis_job": LIBRARY
-  | {"analysis", "analysis_plots", "defence_job", "defence_report", "records"}
+  | {"analysis_plots", "defence_job", "defence_report", "inspection", "records"}
   | {"report", "victim_job"},
   "assessment": LIBRARY,
   "crafting": LIBRARY | {"fingerprints"},
@@ -73,6 +73,7 @@ APPLICATION = {
   "defence_report": LIBRARY | {"analysis_plots", "report", "summaries"},
   "experiments": LIBRARY | {"robustness"},
   "fingerprints": {"data"},
+  "inspection": LIBRARY | {"analysis_plots"},
   "job": LIBRARY
   | {"experiments", "progress", "records", "report", "summaries", "trials"}
   | {"assessment", "fingerprints", "victim_job"},

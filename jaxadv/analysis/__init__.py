@@ -11,10 +11,10 @@ from jaxadv.analysis.correlations import (
   pearson,
 )
 from jaxadv.analysis.distances import cosine_distance, layer_distances
+from jaxadv.analysis.errors import UndefinedError
 from jaxadv.analysis.heatmaps import (
   feature_map,
   grad_cam,
-  resized,
   top_share,
   top_share_iou,
 )
@@ -25,6 +25,7 @@ from jaxadv.analysis.splitting import after_feature, feature_names
 __all__ = [
   "LabelCorrelation",
   "Landscape",
+  "UndefinedError",
   "after_feature",
   "cosine_distance",
   "embedding",
@@ -38,7 +39,6 @@ __all__ = [
   "off_diagonal",
   "orthogonal",
   "pearson",
-  "resized",
   "silhouette",
   "top_share",
   "top_share_iou",

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxadv.analysis.errors import UndefinedError
+
 __all__ = ["LabelCorrelation", "label_correlation", "off_diagonal", "pearson"]
 
 
@@ -74,14 +76,14 @@ def off_diagonal(matrix: np.ndarray) -> float:
     matrix: `(L, L)`, L at least 2.
 
   Raises:
-    ValueError: for a single label.
+    UndefinedError: for a single label.
 
   Example:
     >>> off_diagonal(np.array([[1.0, -0.5], [-0.5, 1.0]]))
     0.5
   """
   if len(matrix) < 2:
-    raise ValueError("one label has no correlation with another; give 2 or more.")
+    raise UndefinedError("one label has no correlation with another; give 2 or more.")
   return float(np.abs(matrix[~np.eye(len(matrix), dtype=bool)]).mean())
 
 
@@ -93,8 +95,8 @@ def label_correlation(clean: np.ndarray, attacked: np.ndarray) -> LabelCorrelati
     attacked: `(M, L)` of the attacked ones.
 
   Raises:
-    ValueError: as `pearson`; for another number of labels, and where fewer than 2 of
-      them vary among both.
+    ValueError: as `pearson`, and for another number of labels.
+    UndefinedError: where fewer than 2 of them vary among both.
 
   Example:
     >>> clean = np.array([[0.1, 0.2], [0.5, 0.6], [0.9, 0.8]])
@@ -109,7 +111,7 @@ def label_correlation(clean: np.ndarray, attacked: np.ndarray) -> LabelCorrelati
     )
   known = ~np.isnan(np.diag(before)) & ~np.isnan(np.diag(after))
   if known.sum() < 2:
-    raise ValueError(
+    raise UndefinedError(
       f"the estimates of labels {np.flatnonzero(~known).tolist()} are the same for all "
       "images; fewer than 2 are left to correlate."
     )

@@ -4,8 +4,6 @@
 such as `models.AttnVGG`; `top_share_iou` compares two maps.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +11,7 @@ from jaxadv import inputs
 from jaxadv.analysis import splitting
 from jaxadv.types import Array, Images, Predict, call
 
-__all__ = ["feature_map", "grad_cam", "resized", "top_share", "top_share_iou"]
+__all__ = ["feature_map", "grad_cam", "top_share", "top_share_iou"]
 
 
 def grad_cam(predict: Predict, x: Images, y: Array, *, feature: str) -> Array:
@@ -92,16 +90,6 @@ def feature_map(predict: Predict, x: Images, *, feature: str) -> Array:
   _, features = call(predict, x)
   inputs.check_choice("feature", feature, sorted(features))
   return features[feature].mean(-1)
-
-
-def resized(maps: Array, sides: Sequence[int]) -> Array:
-  """Maps `(B, ...)` brought to the `sides` of the image, linearly between pixels.
-
-  Example:
-    >>> resized(jnp.array([[[0.0, 1.0]]]), (1, 4)).tolist()
-    [[[0.0, 0.25, 0.75, 1.0]]]
-  """
-  return jax.image.resize(maps, (maps.shape[0], *sides), "linear")
 
 
 def top_share(heat: Array, *, share: float = 0.2) -> Array:

@@ -7,6 +7,8 @@ t-SNE embedding is only to look at; the silhouette and the probe are measures.
 
 import numpy as np
 
+from jaxadv.analysis.errors import UndefinedError
+
 __all__ = ["embedding", "linear_probe", "silhouette"]
 
 
@@ -21,8 +23,8 @@ def silhouette(features: np.ndarray, labels: np.ndarray) -> float:
     labels: `(N,)` int; of a label set, one column at a time.
 
   Raises:
-    ValueError: for fewer than 2 classes or as many as images, and for features that are
-      not finite.
+    UndefinedError: for fewer than 2 classes or as many as images.
+    ValueError: for features that are not finite.
 
   Example:
     >>> features = np.array([[0.0], [0.0], [1.0], [1.0]])
@@ -61,8 +63,10 @@ def linear_probe(
     The share of right decisions over all N, each by the fit that left its image out.
 
   Raises:
-    ValueError: for fewer than 2 classes, a class with fewer images than `folds`, and
-      features that are not finite or of another shape.
+    UndefinedError: for fewer than 2 classes or as many as images, and for a class with
+      fewer images than `folds`.
+    ValueError: for features that are not finite or of another shape, and fewer than 2
+      folds.
 
   Example:
     >>> features = np.repeat([[0.0], [1.0]], 5, 0)
@@ -78,8 +82,10 @@ def linear_probe(
       f"`tested` has shape {tested.shape}, and the features {features.shape}."
     )
   fewest = np.unique(labels, return_counts=True)[1].min()
-  if not 2 <= folds <= fewest:
-    raise ValueError(
+  if folds < 2:
+    raise ValueError(f"`folds` is {folds}; write 2 or more.")
+  if folds > fewest:
+    raise UndefinedError(
       f"`folds` is {folds}, and the smallest class has {fewest} images; write a number "
       "between 2 and that."
     )
@@ -149,7 +155,7 @@ def _checked(features, labels):
     )
   classes = len(np.unique(labels))
   if not 2 <= classes < len(labels):
-    raise ValueError(
+    raise UndefinedError(
       f"{len(labels)} images have {classes} classes; there must be 2 or more, and "
       "fewer than images."
     )
