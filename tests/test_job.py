@@ -117,7 +117,7 @@ def test_a_finished_run_is_not_run_again(config, finished, monkeypatch):
   folder, _ = finished
   before = values(folder)
   monkeypatch.setattr(job.trials, "compile_attack", None)
-  monkeypatch.setattr(job.victims.loops, "fit", None)
+  monkeypatch.setattr(job.victim_job.victims.loops, "fit", None)
   job.attack(job.prepare(config, out=folder))
   assert values(folder) == before
 
