@@ -5,6 +5,7 @@ program. The input gradients that autodiff emits are not in that form, so inside
 `fori_loop` or `while_loop` they run 5 to 11 times slower than outside. Here every input
 gradient is written as an ordinary convolution from the start. Depthwise convolutions
 have no fast form at all; as sums of shifted images they run 20 to 80 times faster.
+The gradient of the kernel is that of `weight_gradient`.
 
 Arrays are `(B, ..., C)`, channels last, with one to three spatial axes. Gradients are
 those of autodiff up to rounding. Reverse mode only: `jax.jvp` is refused by JAX.
