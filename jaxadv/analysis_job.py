@@ -112,8 +112,7 @@ def _inside(run, kind):
 
 def _compared(results, names, distances):
   """Pictures of all models beside each other."""
-  radii, curves = sorted(results["radii"]), defence_report.curves(results)
-  accuracy = analysis_plots.accuracy_curves([0, *radii], curves)
+  accuracy = defence_report.picture(results)
   layers = analysis_plots.distances_by_layer(names, distances)
   return [
     Picture("accuracy", defence_report.caption(results), accuracy),

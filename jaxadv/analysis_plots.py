@@ -29,13 +29,18 @@ _HEAT, _SIGNED = "viridis", "RdBu_r"
 
 
 def accuracy_curves(
-  eps: Sequence[float], curves: Mapping[str, Sequence[float]], *, title: str = ""
+  eps: Sequence[float],
+  curves: Mapping[str, Sequence[float]],
+  *,
+  score: str = "accuracy",
+  title: str = "",
 ) -> bytes:
   """Accuracy at every radius, one line for each model, with and without a defence.
 
   Args:
     eps: E radii in pixels, in [0, 1], rising; the axis counts in 255ths. 0 is clean.
     curves: name of a model and its attack to E accuracies in [0, 1].
+    score: what is counted, beside the axis.
     title: above the picture.
 
   Raises:
@@ -51,7 +56,7 @@ def accuracy_curves(
     if len(values) != len(eps):
       raise ValueError(f"{name!r} has {len(values)} accuracies for {len(eps)} radii.")
     ax.plot([255 * value for value in eps], values, label=name, **_form(k), zorder=3)
-  ax.set(xlabel="radius (1/255)", ylabel="accuracy", ylim=(-0.03, 1.03), title=title)
+  ax.set(xlabel="radius (1/255)", ylabel=score, ylim=(-0.03, 1.03), title=title)
   ax.set_xticks([255 * value for value in eps])
   ax.xaxis.set_major_formatter("{x:g}")
   _beside(ax)

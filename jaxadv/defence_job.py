@@ -39,7 +39,6 @@ from jaxadv.victim_job import JobError
 
 __all__ = ["Run", "defend", "prepare"]
 
-
 # At other radii than the study's, the attack that finds most on its own.
 _ELSEWHERE = ("clean", "apgd")
 
@@ -119,6 +118,7 @@ def prepare(
     "quick": quick,
     "seeds": list(seeds),
     "effort": study.effort and list(study.effort),
+    "views": list(robustness.VIEWS),
     "test_data": fingerprints.dataset(test),
     "jaxadv": jaxadv.__version__,
     "jax": jax.__version__,

@@ -8,10 +8,20 @@ import numpy as np
 
 from jaxadv import analysis_plots, report, summaries
 
-__all__ = ["SCORES", "caption", "curves", "gains", "page", "table", "verdicts"]
+__all__ = [
+  "SCORES",
+  "caption",
+  "curves",
+  "gains",
+  "page",
+  "picture",
+  "table",
+  "verdicts",
+]
 
 # Attacks that are shown, as the tables name them.
-_SHOWN = {"pgd": "PGD", "apgd": "APGD", "square": "Square", "worst": "worst"}
+_SHOWN = {"pgd": "PGD", "quantised": "stored PGD", "apgd": "APGD"}
+_SHOWN |= {"square": "Square", "worst": "worst"}
 _WHITE = ("clean", "pgd", "apgd", "worst")
 # By the kind of label, the scores that tables are made of, and in words; one leads.
 SCORES = {
@@ -96,6 +106,14 @@ def curves(results: Mapping[str, Any]) -> dict[str, list[float]]:
   }
 
 
+def picture(results: Mapping[str, Any]) -> bytes:
+  """The `curves` as a PNG file."""
+  radii, score = [0, *sorted(results["radii"])], SCORES[results["labels"]]
+  return analysis_plots.accuracy_curves(
+    radii, curves(results), score=score[_leading(results)]
+  )
+
+
 def caption(results: Mapping[str, Any]) -> str:
   """What the `curves` are."""
   score, eps = SCORES[results["labels"]][_leading(results)], 255 * results["eps"]
@@ -125,9 +143,7 @@ def page(results: Mapping[str, Any]) -> str:
     lines=lines,
     failed=verdicts(results),
     gains=gains(results),
-    curves=report.embedded(
-      analysis_plots.accuracy_curves([0, *sorted(results["radii"])], curves(results))
-    ),
+    curves=report.embedded(picture(results)),
     caption=caption(results),
     score=SCORES[results["labels"]][_leading(results)],
     rows=results["rows"],

@@ -258,8 +258,8 @@ class DefenceStudy:
 
   Raises:
     ConfigError: without defences or seeds, for a name that makes no folder or is ours,
-      a negative or double seed, radii that are not positive or without `eps`, and a
-      count below 1.
+      a negative or double seed, radii that are double, not positive or without `eps`,
+      and a count below 1.
   """
 
   recipe: Recipe
@@ -277,9 +277,11 @@ class DefenceStudy:
       raise ConfigError(f"`defences` has {PLAIN!r}, which is the plain model; rename.")
     if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
       raise ConfigError(f"`seeds` is {self.seeds}; write different ones, as (0, 1, 2).")
-    if not all(eps > 0 for eps in self.radii) or self.eps not in self.radii:
+    once = len(set(self.radii)) == len(self.radii)
+    if not once or min(self.radii, default=0) <= 0 or self.eps not in self.radii:
       raise ConfigError(
-        f"`radii` is {self.radii} and `eps` {self.eps}; write radii above 0, `eps` too."
+        f"`radii` is {self.radii} and `eps` {self.eps}; write different radii above 0, "
+        "`eps` too."
       )
     if self.num_images is not None:
       _check_counts(self, "num_images")

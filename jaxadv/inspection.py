@@ -86,7 +86,7 @@ def subject(
   clean = np.asarray(data.as_float(dataset.images))
   features = _features(functools.partial(predict, variables), clean[:1])
   attack = functools.partial(_attacked, predict, variables, jnp.float32(eps))
-  ids = np.arange(len(clean), dtype=np.int32)
+  ids = dataset.ids.astype(np.int32)
   decide = lambda images: jnp.argmax(_outputs(predict, "", variables, images), -1)
   return Subject(
     predict=predict,

@@ -163,12 +163,12 @@ def measure(
 def rates(found: Found, dataset: data.Dataset) -> dict[str, dict[str, Any]]:
   """What is right in each view, and in the `worst` of the white-box views per image.
 
+  The AUROC compares images, and logits of different attacks do not compare: that of
+  `worst` is the least of the white-box views'.
+
   Args:
     found: from `measure`.
     dataset: which was measured.
-
-  The AUROC compares images, and logits of different attacks do not compare: that of
-  `worst` is the least of the white-box views'.
 
   Returns:
     For each view `accuracy`, the share of right decisions (of label sets: of labels),

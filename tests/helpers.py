@@ -18,6 +18,7 @@ __all__ = [
   "assert_trees_close",
   "assert_trees_equal",
   "benchmark",
+  "color_pack",
   "convnet",
   "linear",
   "per_pixel",
@@ -35,6 +36,21 @@ def benchmark(name: str) -> ModuleType:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+def color_pack(path: pathlib.Path, *, train: int, test: int) -> pathlib.Path:
+  """A pack of red, green and blue noise, 8 pixels a side."""
+  rng, labels = np.random.default_rng(0), np.arange(train + test) % 3
+  tint = 90 * np.eye(3)[labels][:, None, None]
+  images = rng.normal(90, 15, (len(labels), 8, 8, 3)) + tint
+  np.savez(
+    path,
+    images=images.clip(0, 255).astype(np.uint8),
+    labels=labels.astype(np.int32),
+    split=np.array(["train"] * train + ["test"] * test),
+    class_names=np.array(["red", "green", "blue"]),
+  )
+  return path
 
 
 def x64():

@@ -35,9 +35,9 @@ from jaxadv.robustness import Effort
 def get_config(*, quick=False):
   return DefenceStudy(
     recipe=Recipe(
-      model=ConvNet(num_classes=CLASSES, width=4, depth=2), optimizer=optax.adam(3e-2),
-      data=("PACK",), holdout=0.25, train_steps=20, batch_size=8, checkpoint_every=5,
-      monitor=attacks.pgd(0.1, num_steps=3),
+      model=ConvNet(num_classes=CLASSES, width=4, depth=2, norm="batch"),
+      optimizer=optax.adam(3e-2), data=("PACK",), holdout=0.25, train_steps=20,
+      batch_size=8, checkpoint_every=5, monitor=attacks.pgd(0.1, num_steps=3),
     ),
     defences={"NAME": defences.adversarial_training(0.1, num_steps=2)},
     seeds=(0, 1), eps=0.1, radii=(0.05, 0.1), num_images=9,
@@ -49,19 +49,8 @@ MODELS = ["standard 0", "standard 1", "at 0", "at 1"]
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-  """Red, green and blue noise of 8 pixels."""
   path = tmp_path_factory.mktemp("pack") / "colors.npz"
-  rng = np.random.default_rng(0)
-  labels = np.arange(60) % 3
-  images = rng.normal(90, 15, (60, 8, 8, 3)) + 90 * np.eye(3)[labels][:, None, None]
-  np.savez(
-    path,
-    images=images.clip(0, 255).astype(np.uint8),
-    labels=labels.astype(np.int32),
-    split=np.array(["train"] * 48 + ["test"] * 12),
-    class_names=np.array(["red", "green", "blue"]),
-  )
-  return path
+  return helpers.color_pack(path, train=48, test=12)
 
 
 def write_config(folder, pack, *, name="at", classes=3):
@@ -154,7 +143,7 @@ def test_a_killed_run_ends_with_the_same_bits(finished, pack, tmp_path):
   for one in run.folder.glob("attacked/*/*.npz"):
     other = out / one.relative_to(run.folder)
     with np.load(one) as a, np.load(other) as b:
-      assert all(np.array_equal(a[name], b[name]) for name in robustness.VIEWS[:1])
+      assert set(a) == set(b) != set()
       for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=f"{other} {name}")
   again = json.loads((out / "results.json").read_text())
@@ -196,7 +185,8 @@ def test_bad_studies_are_refused_in_one_line(changes, message, pack, tmp_path, c
     ({"seeds": ()}, r"`seeds` is \(\)"),
     ({"seeds": (1, 1)}, r"write different ones"),
     ({"eps": 0.3}, r"`eps` too"),
-    ({"radii": (0.0, 0.1)}, r"write radii above 0"),
+    ({"radii": (0.0, 0.1)}, r"write different radii above 0"),
+    ({"radii": (0.1, 0.1)}, r"write different radii above 0"),
     ({"num_images": 0}, r"`num_images` is 0"),
     ({"defences": {}}, r"`defences` is empty"),
   ],
@@ -211,7 +201,9 @@ def test_numbers_that_cannot_work_are_refused(fields, message, pack, tmp_path):
 
 def test_masks_are_refused(discs, tmp_path):
   config = write_config(tmp_path, discs)
-  text = config.read_text().replace("ConvNet(num_classes=3, width=4, depth=2)", "M")
+  text = config.read_text().replace(
+    'ConvNet(num_classes=3, width=4, depth=2, norm="batch")', "M"
+  )
   text = text.replace("import ConvNet", "import UNet\nM = UNet(num_classes=2, width=4)")
   config.write_text(text)
   with pytest.raises(defence_job.JobError, match=r"labels are masks"):

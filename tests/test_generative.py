@@ -1,5 +1,8 @@
 """GAP: what is rescaled, what is trained, and what the trained attack promises."""
 
+import pathlib
+import re
+
 import conformance
 import helpers
 import jax
@@ -324,3 +327,20 @@ def test_the_generator_has_the_sizes_of_its_u_net():
   assert kernel.shape == (3, 3, 3, 64)
   assert variables["params"]["unet"]["head"]["kernel"].shape == (64, 3)
   assert "batch_stats" in variables
+
+
+def test_the_page_of_the_docs_runs():
+  page = (pathlib.Path(__file__).parents[1] / "docs/gap.md").read_text()
+  (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  smaller = {"width=64": "width=2, depth=1", "num_steps=1000": "num_steps=2"}
+  for large, small in smaller.items():
+    assert large in block
+    block = block.replace(large, small)
+  images = jnp.asarray(helpers.stripes(4))
+  predict = lambda x: helpers.convnet()(x)[0]
+  labels = predict(images).argmax(-1)
+  names = {"images": images, "labels": labels, "predict": predict, "key": KEY}
+  names["batches"] = [{"image": images, "label": labels}] * 2
+  exec(block, names)
+  moved = jnp.abs(names["result"].image - images)
+  assert 0 < moved.max() <= 8 / 255 + 1e-6

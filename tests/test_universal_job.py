@@ -40,19 +40,8 @@ NAMES = ["universal", "to red", "random ball", "random sign"]
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-  """Red, green and blue noise of 8 pixels."""
   path = tmp_path_factory.mktemp("pack") / "colors.npz"
-  rng = np.random.default_rng(0)
-  labels = np.arange(48) % 3
-  images = rng.normal(90, 15, (48, 8, 8, 3)) + 90 * np.eye(3)[labels][:, None, None]
-  np.savez(
-    path,
-    images=images.clip(0, 255).astype(np.uint8),
-    labels=labels.astype(np.int32),
-    split=np.array(["train"] * 36 + ["test"] * 12),
-    class_names=np.array(["red", "green", "blue"]),
-  )
-  return path
+  return helpers.color_pack(path, train=36, test=12)
 
 
 def write_config(folder, pack, *, steps=6, batch=12, target=0):
