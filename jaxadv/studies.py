@@ -301,7 +301,7 @@ def defence_study(
   eps: float,
   quick: bool = False,
   train_steps: int = 200,
-  depth: int = 3,
+  learning_rate: float = 0.03,
   **recipe: Any,
 ) -> DefenceStudy:
   """A small network, plain and with `diagnostic_defences`, for three seeds.
@@ -314,8 +314,8 @@ def defence_study(
     eps: Linf radius that is trained for.
     quick: a smaller network, one seed, two defences, few steps and images.
     train_steps: of each model.
-    depth: stages of the `models.ConvNet`.
-    **recipe: other fields of the `Recipe`.
+    learning_rate: of its SGD, falling tenfold on the way.
+    **recipe: other fields of the `Recipe`; `model` for another network.
 
   Returns:
     The study: attacked at 1/255, 2/255, 4/255 and `eps`.
@@ -329,10 +329,10 @@ def defence_study(
   compared = diagnostic_defences(eps, num_steps=2 if quick else 9)
   if quick:
     compared = {name: compared[name] for name in ("maadvt", "mpadvt")}
-  network = models.ConvNet(num_classes, width=8 if quick else 16, depth=depth)
+  network = models.ConvNet(num_classes, width=8 if quick else 16, depth=3)
   fields = {
     "model": network.clone(norm="batch"),
-    "optimizer": stepped_sgd(train_steps, learning_rate=0.03),
+    "optimizer": stepped_sgd(train_steps, learning_rate=learning_rate),
     "data": (source,),
     "train_steps": train_steps,
     "batch_size": 32,
