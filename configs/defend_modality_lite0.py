@@ -19,6 +19,7 @@ def get_config(*, quick: bool = False) -> DefenceStudy:
     "mednist_modality_64.npz",
     eps=2 / 255,
     quick=quick,
+    train_steps=120,
     learning_rate=0.01,
     holdout=0.15,
     augment=augment.affine(),

@@ -87,17 +87,10 @@ def describe(
     A flat dict of JSON values. Optimizer, loss and augmentation, which are closures,
     are described by a hash of the program they trace to.
   """
-  image, label = jnp.zeros(dataset.images.shape[1:]), jnp.asarray(dataset.labels[0])
-  logits = jnp.zeros(outputs(recipe.model, dataset)[0].shape[1:])
-  augment = recipe.augment
   return {
     "model": fingerprints.text(recipe.model),
     "start": recipe.start and fingerprints.arrays(_initial(recipe, dataset)),
-    "optimizer": _update_program(recipe, dataset),
-    "loss": _named("loss", _loss(recipe, dataset), logits, label),
-    "augment": augment and _named("augment", augment, jax.random.key(0), image, label),
-    "defence": recipe.defence and _blamed("defence", _step_program, recipe, dataset),
-    "monitor": recipe.monitor and _blamed("monitor", _view_program, recipe, dataset),
+    **_programs(recipe, dataset),
     "collapse": recipe.collapse if math.isfinite(recipe.collapse) else None,
     "train_steps": recipe.train_steps,
     "batch_size": recipe.batch_size,
@@ -173,10 +166,16 @@ def _loss(recipe, dataset):
 def _initial(recipe, dataset):
   """The variables that training starts from; `recipe.start` sees arrays, no tracers."""
   key = jax.random.key(recipe.seed)
-  fresh = jax.jit(recipe.model.init)(key, _example(dataset))
+  fresh = _fresh(recipe.model, key, _example(dataset))
   if recipe.start is None:
     return fresh
   return _blamed("start", recipe.start, fresh)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fresh(model, key, image):
+  """Compiled once for all seeds of a study."""
+  return model.init(key, image)
 
 
 def _blamed(name, function, *arguments):
@@ -187,10 +186,14 @@ def _blamed(name, function, *arguments):
     raise ValueError(f"`{name}`: {type(error).__name__}: {error}") from error
 
 
+def _untrained(key, optimizer, variables):
+  params = variables["params"]
+  extra = {name: variables[name] for name in variables if name != "params"}
+  return training.init_state(key, params, extra, optimizer)
+
+
 def _start(recipe, selects, variables):
-  key, variables = jax.random.key(recipe.seed), dict(variables)
-  params = variables.pop("params")
-  state = training.init_state(key, params, variables, recipe.optimizer)
+  state = _untrained(jax.random.key(recipe.seed), recipe.optimizer, variables)
   if not selects:
     return _State(state, None, None)
   return _State(state, _trained(state), jnp.float32(-jnp.inf))
@@ -281,35 +284,49 @@ def _judge(recipe, predict, validation, best, state):
   return _State(state, best, now.score)
 
 
-def _update_program(recipe, dataset):
-  """Hash of the optimizer's update, where learning rates and schedules are literals."""
-  params = _shapes(recipe, dataset)["params"]
-  state = jax.eval_shape(recipe.optimizer.init, params)
-  return fingerprints.program(recipe.optimizer.update, params, state, params)
+def _programs(recipe, dataset):
+  """Hashes of the closures in a recipe: all but the seed, so a study has few."""
+  parts = recipe.optimizer, _loss(recipe, dataset), recipe.augment
+  defence = recipe.defence, recipe.weights, recipe.monitor
+  label = jax.ShapeDtypeStruct((1, *dataset.labels.shape[1:]), dataset.labels.dtype)
+  return _hashes(recipe.model, *parts, *defence, dataset.images.shape[1:], label)
+
+
+@functools.lru_cache
+def _hashes(model, optimizer, loss, augment, defence, weights, monitor, shape, label):
+  image = jnp.zeros((1, *shape))
+  variables = jax.eval_shape(model.init, jax.random.key(0), image)
+  params = variables["params"]
+  predict = predictor(model)
+  one = jnp.zeros(shape), jax.ShapeDtypeStruct(label.shape[1:], label.dtype)
+
+  def step():
+    """A whole training step: views and loss are closures in it."""
+    start = functools.partial(_untrained, jax.random.key(0), optimizer)
+    state, batch = jax.eval_shape(start, variables), {"image": image, "label": label}
+    step = _step(model, optimizer, augment, None, defence, weights)
+    return fingerprints.program(step, state, batch)
+
+  def show(variables, image, label):
+    attacked = functools.partial(predict, variables)
+    return monitor(jax.random.key(0), attacked, image, label).image
+
+  # Learning rates and schedules are literals in an update.
+  state = jax.eval_shape(optimizer.init, params)
+  logits = jax.eval_shape(predict, variables, image)
+  return {
+    "optimizer": fingerprints.program(optimizer.update, params, state, params),
+    "loss": _named("loss", loss, jnp.zeros(_logits(logits).shape[1:]), one[1]),
+    "augment": augment and _named("augment", augment, jax.random.key(0), *one),
+    "defence": defence and _blamed("defence", step),
+    "monitor": monitor
+    and _blamed("monitor", fingerprints.program, show, variables, image, label),
+  }
 
 
 def _named(part, function, *arguments):
   name = getattr(function, "__qualname__", type(function).__name__)
   return f"{name} {_blamed(part, fingerprints.program, function, *arguments)}"
-
-
-def _step_program(recipe, dataset):
-  """Hash of a whole training step: views and loss are closures in it."""
-  start = functools.partial(_start, recipe, False)
-  state = jax.eval_shape(start, _shapes(recipe, dataset)).train
-  batch = {"image": _example(dataset), "label": jnp.asarray(dataset.labels[:1])}
-  return fingerprints.program(_step_of(recipe, dataset), state, batch)
-
-
-def _view_program(recipe, dataset):
-  """Hash of what the monitor does to an image."""
-
-  def show(variables, image, label):
-    predict = functools.partial(predictor(recipe.model), variables)
-    return recipe.monitor(jax.random.key(0), predict, image, label).image
-
-  arguments = _shapes(recipe, dataset), _example(dataset), dataset.labels[:1]
-  return fingerprints.program(show, *arguments)
 
 
 def _logits(out):
