@@ -67,6 +67,8 @@ def _train(options):
   run = victim_job.prepare(options.config, **_settings(options))
   results = victim_job.train_all(run)
   _show(*victim_job.table(results))
+  if any(task.recipe.defence for task in run.tasks.values()):
+    print("These are clean scores; `jaxadv defend` attacks what a DefenceStudy trains.")
   if len(results) > 1:
     return _done(run.folder / "victims")
   (evaluation,), (task,) = results.values(), run.tasks.values()

@@ -124,6 +124,14 @@ def test_a_failed_check_is_told(finished):
   assert told[0][2] in page
 
 
+def test_training_alone_says_that_its_scores_are_clean(finished, pack, tmp_path, capsys):
+  run, _ = finished
+  config = write_config(tmp_path, pack)
+  words = ["train", config, "--out", run.folder, "--no-progress"]
+  assert cli.main([str(word) for word in words]) == 0
+  assert "clean scores; `jaxadv defend` attacks" in capsys.readouterr().out
+
+
 def test_a_killed_run_ends_with_the_same_bits(finished, pack, tmp_path):
   run, results = finished
   config, out = write_config(tmp_path, pack), tmp_path / "run"
