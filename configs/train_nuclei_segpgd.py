@@ -3,8 +3,8 @@
 Paper: Gu, Zhao, Tresp, Torr, "SegPGD: an effective and efficient adversarial attack for
 evaluating and boosting segmentation robustness", ECCV 2022, arXiv 2207.12391, with a
 small U-Net. `benchmarks/segmentation_defence.py` puts the plain one beside it.
-Data: DSB 2018 nuclei pack, 241 train and 50 test images of 128 pixels, grey; a
-share of the training part selects the checkpoint.
+Data: DSB 2018 nuclei pack, 241 train and 50 test images of 128 pixels, grey, resized
+to 64; a share of the training part selects the checkpoint.
 Expected: docs/defences.md. Time: ten minutes on one core, by estimate.
 """
 
@@ -27,6 +27,7 @@ def get_config(*, quick: bool = False) -> Recipe:
     model=UNet(num_classes=2, width=8 if quick else 16),
     optimizer=optax.adam(optax.cosine_decay_schedule(3e-3, train_steps)),
     data=("nuclei_dsb2018_128.npz",),
+    side=64,
     holdout=0.1,
     train_steps=train_steps,
     defence=Defence((combine.identity, view), mean),

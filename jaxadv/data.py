@@ -155,14 +155,14 @@ def resize(dataset: Dataset, side: int) -> Dataset:
   """Stretches every image to `side` pixels in each direction (Lanczos).
 
   Args:
-    dataset: with a class or a label set per image; masks would have to follow.
+    dataset: of any kind; masks follow, each pixel with the class of the nearest one.
     side: in pixels.
 
   Returns:
-    The same labels; images of the same dtype and range, rounded where they are uint8.
+    Images of the same dtype and range, rounded where they are uint8, and their labels.
 
   Raises:
-    ValueError: for masks and a side below 1.
+    ValueError: for a side below 1.
 
   Example:
     >>> images = np.full((2, 28, 30, 1), 255, np.uint8)
@@ -170,17 +170,16 @@ def resize(dataset: Dataset, side: int) -> Dataset:
     >>> resize(flat, 32).images.shape
     (2, 32, 32, 1)
   """
-  if dataset.kind == "mask" or side < 1:
-    raise ValueError(
-      f"labels are of kind {dataset.kind!r} and `side` is {side}; resize takes classes "
-      "or label sets, and 1 pixel or more."
-    )
-  images = dataset.images
+  if side < 1:
+    raise ValueError(f"`side` is {side}; write 1 pixel or more.")
+  images, labels = dataset.images, dataset.labels
   shape = (len(images), *[side] * (images.ndim - 2), images.shape[-1])
   whole = images.dtype == np.uint8
   resized = np.asarray(jax.image.resize(as_float(images), shape, "lanczos3").clip(0, 1))
   resized = np.rint(255 * resized) if whole else resized
-  return dataset._replace(images=resized.astype(images.dtype))
+  if dataset.kind == "mask":
+    labels = np.asarray(jax.image.resize(labels, shape[:-1], "nearest"))
+  return dataset._replace(images=resized.astype(images.dtype), labels=labels)
 
 
 def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:

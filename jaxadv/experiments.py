@@ -63,7 +63,8 @@ class Recipe:
     val_split: part that the victim is selected on, for data that has one.
     holdout: else the share of the training part that is set aside for that, the same
       images in every run (`data.hold_out`).
-    side: images are resized to so many pixels a side; `None` leaves them as they are.
+    side: images, masks with them, are resized to so many pixels a side; `None` leaves
+      them as they are.
     loss: one example's `(logits, label) -> scalar` for training; `None` for the usual
       one of masks, classes or label sets.
     augment: one example's `(key, image, label) -> (image, label)`, or `None`.

@@ -438,7 +438,25 @@ def test_resizing_keeps_range_dtype_and_labels():
   theirs = Image.fromarray(images[0, ..., 0]).resize((7, 7), Image.Resampling.LANCZOS)
   difference = np.abs(np.asarray(theirs, float) - small.images[0, ..., 0])
   assert difference.max() <= 1
-  with pytest.raises(ValueError, match="labels are of kind 'mask'"):
-    data.resize(data.phantoms(1, size=16), 8)
   with pytest.raises(ValueError, match="`side` is 0"):
     data.resize(stored, 0)
+
+
+@pytest.mark.parametrize("side", [7, 12, 40])
+def test_masks_follow_their_resized_images(side):
+  whole = data.phantoms(2, size=24)
+  small = data.resize(whole, side)
+  assert small.kind == "mask"
+  assert small.labels.dtype == whole.labels.dtype
+  for mask, one in zip(whole.labels, small.labels, strict=True):
+    theirs = Image.fromarray(mask.astype(np.uint8)).resize((side, side), Image.NEAREST)
+    np.testing.assert_array_equal(one, np.asarray(theirs))
+
+
+def test_masks_of_volumes_follow_too():
+  images = np.zeros((1, 4, 6, 8, 1), np.float32)
+  labels = np.arange(4 * 6 * 8, dtype=np.int32).reshape(1, 4, 6, 8) % 3
+  volumes = data.Dataset(images, labels, np.arange(1), ["x"], ("a", "b", "c"))
+  small = data.resize(volumes, 2)
+  assert small.images.shape == (1, 2, 2, 2, 1)
+  np.testing.assert_array_equal(small.labels, labels[:, 1::2, 1::3, 2::4])
