@@ -124,7 +124,9 @@ def test_a_failed_check_is_told(finished):
   assert told[0][2] in page
 
 
-def test_training_alone_says_that_its_scores_are_clean(finished, pack, tmp_path, capsys):
+def test_training_alone_says_that_its_scores_are_clean(
+  finished, pack, tmp_path, capsys
+):
   run, _ = finished
   config = write_config(tmp_path, pack)
   words = ["train", config, "--out", run.folder, "--no-progress"]
