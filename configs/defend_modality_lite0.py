@@ -5,7 +5,8 @@ adversarial attack", Medical Image Analysis 69 (2021), who fine-tune ImageNet ne
 here EfficientNet-Lite0 (Tan, Le, ICML 2019, arXiv 1905.11946), the one of which we have
 the weights. Radii are in units of the pixel.
 Data: MedNIST pack, 480 train and 118 test images of 64 pixels, grey; six classes.
-Expected: docs/defences.md. Time: minutes on a GPU, by estimate.
+Expected: docs/defences.md.
+Time: five and a half minutes on an H100, with five processes that share the models.
 """
 
 from jaxadv import augment, studies
