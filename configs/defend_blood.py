@@ -4,7 +4,7 @@ Paper: Xu et al., "Towards evaluating the robustness of deep diagnostic models b
 adversarial attack", Medical Image Analysis 69 (2021), with a small network from nothing
 in place of ImageNet weights, and radii in units of the pixel.
 Data: BCCD pack, 360 train and 90 test cells of 64 pixels, RGB, resized to 32.
-Expected: docs/defences.md. Time: about half an hour on one core.
+Expected: docs/defences.md. Time: forty minutes on one core.
 """
 
 from jaxadv import augment, studies, training

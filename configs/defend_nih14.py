@@ -5,7 +5,7 @@ adversarial attack", Medical Image Analysis 69 (2021), with a small network from
 in place of ImageNet weights, and radii in units of the pixel.
 Data: NIH ChestX-ray14 pack, 433 train and 163 test images of 128 pixels, grey, resized
 to 32; a set of 14 labels per image.
-Expected: docs/defences.md. Time: about forty minutes on one core.
+Expected: docs/defences.md. Time: forty minutes on one core.
 """
 
 from jaxadv import augment, studies

@@ -153,6 +153,8 @@ def defend(run: Run) -> dict[str, Any]:
 def _attack(run, name, victim, progress):
   """Stores the logits of one model under the attacks at every radius."""
   missing = [eps for eps in run.study.radii if not _file(run, name, eps).exists()]
+  if not missing:
+    return
   with progress("attacking", len(missing), 0) as advance:
     for eps in missing:
       views = robustness.VIEWS if eps == run.study.eps else _ELSEWHERE
