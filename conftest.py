@@ -3,8 +3,8 @@
 Eight simulated CPU devices, so that sharding is tested on any machine, and no silent
 rank promotion, so that `(B,)` against `(B, 1)` is an error and not a `(B, B)` array.
 Compiled programs are kept until the tests end: many tests, and the processes they
-start, compile the same ones. LLVM optimizes less, as most of them run once: that takes
-a third of the time away, and none at all takes more from those that train.
+start, compile the same ones. LLVM optimizes less, at level 1: most programs run
+once, and a third of the time is saved; level 0 would slow the tests that train.
 """
 
 import atexit

@@ -68,7 +68,7 @@ def _train(options):
   results = victim_job.train_all(run)
   _show(*victim_job.table(results))
   if any(task.recipe.defence for task in run.tasks.values()):
-    print("These are clean scores; `jaxadv defend` attacks what a DefenceStudy trains.")
+    print("These are scores of clean images: no attack has put a defence to the test.")
   if len(results) > 1:
     return _done(run.folder / "victims")
   (evaluation,), (task,) = results.values(), run.tasks.values()

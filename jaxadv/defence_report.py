@@ -20,8 +20,13 @@ __all__ = [
 ]
 
 # Attacks that are shown, as the tables name them.
-_SHOWN = {"pgd": "PGD", "quantised": "stored PGD", "apgd": "APGD"}
-_SHOWN |= {"square": "Square", "worst": "worst"}
+_SHOWN = {
+  "pgd": "PGD",
+  "quantised": "stored PGD",
+  "apgd": "APGD",
+  "square": "Square",
+  "worst": "worst",
+}
 _WHITE = ("clean", "pgd", "apgd", "worst")
 # By the kind of label, the scores that tables are made of, and in words; one leads.
 SCORES = {

@@ -190,7 +190,7 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 
   Args:
     scores: `(N,)` float.
-    positive: `(N,)` bool.
+    positive: `(N,)` bool, or 0 and 1.
 
   Returns:
     A float in [0, 1]; NaN without a positive or without a negative.
@@ -201,6 +201,7 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 
   Reference: Mann and Whitney, Ann. Math. Statist. 18(1), 1947.
   """
+  positive = np.asarray(positive, bool)
   _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
   ranks = (np.cumsum(count) - (count - 1) / 2)[place]  # of equal scores, their mean
   hits, misses = int(positive.sum()), int((~positive).sum())

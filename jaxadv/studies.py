@@ -312,10 +312,11 @@ def defence_study(
     num_classes: K classes, or L findings.
     source: data.
     eps: Linf radius that is trained for.
-    quick: a smaller network, one seed, two defences, few steps and images.
+    quick: a smaller network, but not of a given `model`, one seed, two defences, few
+      steps and images.
     train_steps: of each model.
-    learning_rate: of its SGD, falling tenfold on the way.
-    **recipe: other fields of the `Recipe`; `model` for another network.
+    learning_rate: the first one of `stepped_sgd`.
+    **recipe: other fields of the `Recipe`, such as another `model`.
 
   Returns:
     The study: attacked at 1/255, 2/255, 4/255 and `eps`.

@@ -285,25 +285,28 @@ def _judge(recipe, predict, validation, best, state):
 
 
 def _programs(recipe, dataset):
-  """Hashes of the closures in a recipe: all but the seed, so a study has few."""
-  parts = recipe.optimizer, _loss(recipe, dataset), recipe.augment
-  defence = recipe.defence, recipe.weights, recipe.monitor
-  label = jax.ShapeDtypeStruct((1, *dataset.labels.shape[1:]), dataset.labels.dtype)
-  return _hashes(recipe.model, *parts, *defence, dataset.images.shape[1:], label)
+  """Hashes of the closures in a recipe, which do not depend on the seed."""
+  names = "optimizer", "augment", "defence", "weights", "monitor"
+  parts = {name: getattr(recipe, name) for name in names}
+  parts["loss"] = _loss(recipe, dataset)
+  for name, part in parts.items():
+    _blamed(name, hash, part)
+  label = jax.ShapeDtypeStruct(dataset.labels.shape[1:], dataset.labels.dtype)
+  return _hashes(recipe.model, dataset.images.shape[1:], label, **parts)
 
 
-@functools.lru_cache
-def _hashes(model, optimizer, loss, augment, defence, weights, monitor, shape, label):
-  image = jnp.zeros((1, *shape))
+@functools.lru_cache(maxsize=2)  # the seeds of a study come in a row
+def _hashes(
+  model, shape, label, *, optimizer, loss, augment, defence, weights, monitor
+):
+  image, labels = jnp.zeros((1, *shape)), label.update(shape=(1, *label.shape))
   variables = jax.eval_shape(model.init, jax.random.key(0), image)
-  params = variables["params"]
   predict = predictor(model)
-  one = jnp.zeros(shape), jax.ShapeDtypeStruct(label.shape[1:], label.dtype)
 
-  def step():
+  def trained():
     """A whole training step: views and loss are closures in it."""
     start = functools.partial(_untrained, jax.random.key(0), optimizer)
-    state, batch = jax.eval_shape(start, variables), {"image": image, "label": label}
+    state, batch = jax.eval_shape(start, variables), {"image": image, "label": labels}
     step = _step(model, optimizer, augment, None, defence, weights)
     return fingerprints.program(step, state, batch)
 
@@ -312,15 +315,17 @@ def _hashes(model, optimizer, loss, augment, defence, weights, monitor, shape, l
     return monitor(jax.random.key(0), attacked, image, label).image
 
   # Learning rates and schedules are literals in an update.
+  params = variables["params"]
   state = jax.eval_shape(optimizer.init, params)
-  logits = jax.eval_shape(predict, variables, image)
+  logits = jnp.zeros(_logits(jax.eval_shape(predict, variables, image)).shape[1:])
+  shown = variables, image, labels
   return {
     "optimizer": fingerprints.program(optimizer.update, params, state, params),
-    "loss": _named("loss", loss, jnp.zeros(_logits(logits).shape[1:]), one[1]),
-    "augment": augment and _named("augment", augment, jax.random.key(0), *one),
-    "defence": defence and _blamed("defence", step),
-    "monitor": monitor
-    and _blamed("monitor", fingerprints.program, show, variables, image, label),
+    "loss": _named("loss", loss, logits, label),
+    "augment": augment
+    and _named("augment", augment, jax.random.key(0), image[0], label),
+    "defence": defence and _blamed("defence", trained),
+    "monitor": monitor and _blamed("monitor", fingerprints.program, show, *shown),
   }
 
 

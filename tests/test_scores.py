@@ -41,6 +41,12 @@ def test_scores_of_classes_are_those_of_scikit_learn(classes):
   np.testing.assert_array_equal(report["confusion"], table)
 
 
+def test_zeros_and_ones_are_as_good_as_false_and_true():
+  truth, found = np.array([0, 1, 0, 1, 1]), np.array([0.1, 0.4, 0.5, 0.5, 0.9])
+  wanted = reference.roc_auc_score(truth, found)
+  assert scores.auroc(found, truth) == scores.auroc(found, truth > 0) == wanted
+
+
 def test_scores_of_label_sets_are_those_of_scikit_learn():
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 2, (100, 3))

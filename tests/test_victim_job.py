@@ -244,6 +244,7 @@ BAD = [
   ({"arrays": stripes("set"), "classes": 2}, [], "balance needs one class per image"),
   ({"extra": "val_split='val'"}, [], "`val_split` and `holdout` are both set"),
   ({"extra": "collapse=0.0"}, [], "`collapse` is 0.0; write a fall above 0"),
+  ({"extra": "defence=([], max)"}, [], "`defence`: TypeError: unhashable type: 'list'"),
   ({}, ["--pairs", "3"], "a Recipe has no num_pairs; leave the option out"),
   ({}, ["--steps", "0"], "`train_steps` is 0; write 1 or more"),
   ({}, ["--data", "missing"], "no file at 'missing'"),
