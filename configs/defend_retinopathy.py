@@ -4,7 +4,7 @@ Paper: Xu et al., "Towards evaluating the robustness of deep diagnostic models b
 adversarial attack", Medical Image Analysis 69 (2021), with a small network from nothing
 in place of ImageNet weights, and radii in units of the pixel.
 Data: IDRiD pack, 202 train and 53 test images of 128 pixels, RGB, resized to 32.
-Expected: docs/defences.md. Time: an hour on one core, by estimate.
+Expected: docs/defences.md. Time: half an hour on one core.
 """
 
 from jaxadv import augment, studies, training
