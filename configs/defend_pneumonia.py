@@ -5,7 +5,7 @@ adversarial attack", Medical Image Analysis 69 (2021), with a small network from
 in place of ImageNet weights, and radii in units of the pixel.
 Data: PneumoniaMNIST pack, 4708 train and 524 val images of 28 pixels, grey; 128 of the
 val part, which the pack has in place of a test part, are judged and attacked.
-Expected: docs/defences.md. Time: an hour on one core, by estimate.
+Expected: docs/defences.md. Time: forty minutes on one core.
 """
 
 from jaxadv import augment, studies
