@@ -3,8 +3,7 @@
 Eight simulated CPU devices, so that sharding is tested on any machine, and no silent
 rank promotion, so that `(B,)` against `(B, 1)` is an error and not a `(B, B)` array.
 Compiled programs are kept until the tests end: many tests, and the processes they
-start, compile the same ones. LLVM optimizes less, at level 1: most programs run
-once, and a third of the time is saved; level 0 would slow the tests that train.
+start, compile the same ones.
 """
 
 import atexit
@@ -13,8 +12,9 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 # The workers of pytest-xdist inherit the folder, and leave it to the first process.
