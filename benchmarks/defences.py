@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def show(run):
   print(f"\n## {run['name']}: {run['source']}, {run['images']} test images\n")
+  command = f"jaxadv defend configs/{run['name']}.py"
+  print(f"`{command}`, then `python benchmarks/defences.py`.\n")
   print(f"Trained for {run['budget']}, by the standard deviation of the images.\n")
   for score, words in defence_report.SCORES[run["labels"]].items():
     print(f"{words}, in percent; radii in 255ths:\n")

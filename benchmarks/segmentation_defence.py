@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   }
   lines = [[name, *(_cell(found[v]) for v in views)] for name, found in models.items()]
   print(f"# Adversarial training of a U-Net: {config.name}\n")
+  print("`python benchmarks/segmentation_defence.py`\n")
   print(summaries.markdown(["IoU in percent", *views], lines) + "\n")
   for name, found in models.items():
     for n, seed in enumerate(options.seeds):

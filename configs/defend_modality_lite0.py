@@ -6,7 +6,8 @@ here EfficientNet-Lite0 (Tan, Le, ICML 2019, arXiv 1905.11946), the one of which
 the weights. Radii are in units of the pixel.
 Data: MedNIST pack, 480 train and 118 test images of 64 pixels, grey; six classes.
 Expected: docs/defences.md.
-Time: five and a half minutes on an H100, with five processes that share the models.
+Time: five and a half minutes on an H100, the models divided among five processes by a
+script of our own (docs/defences.md).
 """
 
 from jaxadv import augment, studies

@@ -68,7 +68,9 @@ def _train(options):
   results = victim_job.train_all(run)
   _show(*victim_job.table(results))
   if any(task.recipe.defence for task in run.tasks.values()):
-    print("These are scores of clean images: no attack has put a defence to the test.")
+    print(
+      "The scores on the test part are of clean images: no defence was put to the test."
+    )
   if len(results) > 1:
     return _done(run.folder / "victims")
   (evaluation,), (task,) = results.values(), run.tasks.values()

@@ -131,7 +131,7 @@ def test_training_alone_says_that_its_scores_are_clean(
   config = write_config(tmp_path, pack)
   words = ["train", config, "--out", run.folder, "--no-progress"]
   assert cli.main([str(word) for word in words]) == 0
-  assert "scores of clean images: no attack" in capsys.readouterr().out
+  assert "of clean images: no defence was put to the test" in capsys.readouterr().out
 
 
 def test_a_killed_run_ends_with_the_same_bits(finished, pack, tmp_path):
