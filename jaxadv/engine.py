@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import inputs, stepping
+from jaxadv import inputs, reduction, stepping
 from jaxadv.types import (
   Array,
   AttackResult,
@@ -214,6 +214,7 @@ def universal_attack(
   *,
   random_start: bool = False,
   example: optax.GradientTransformation | None = None,
+  microbatches: int | None = None,
   axis_name: str | None = None,
 ) -> Universal:
   """Raises an objective on average over images by ONE perturbation.
@@ -222,7 +223,8 @@ def universal_attack(
 
   The sums run over the whole batch, wherever its parts lie: on arrays sharded over
   devices the compiler adds them up, under `pmap` or `shard_map` give `axis_name`. The
-  division comes before any sign, so equal shares of the devices do not matter.
+  division comes before any sign, so equal shares of the devices do not matter. Only the
+  last bits depend on the number of devices; with `microbatches` not even those.
 
   Args:
     objective: what to raise, as for `gradient_attack`.
@@ -231,6 +233,10 @@ def universal_attack(
     random_start: start at `threat.init` instead of zero.
     example: stateless transform of each example's gradient before the mean, for
       instance `transforms.normalize(2)`, so that no example outweighs the others.
+    microbatches: equal parts of a batch, over all devices, that pass the model one
+      after another and are added up in order, see `jaxadv.reduction`: less memory, and
+      the same bits on any number of devices that divides it. On several devices it
+      needs `axis_name`.
     axis_name: of the mapped axis of devices.
 
   Returns:
@@ -262,28 +268,11 @@ def universal_attack(
   def step(predict, state, batch):
     x, y, weight, ids = stepping.parts(batch, threat, axis_name)
     stepping.check_state(state, jax.eval_shape(init, state.key, x[0]))
-    target = jax.lax.stop_gradient(objective.prepare(predict, x, y))
-    stepping.check_target(predict, x, target)
-    step_key = jax.random.fold_in(state.key, state.step)
-    loss_at = functools.partial(
-      stepping.evaluate,
-      objective,
-      threat,
-      predict,
-      x,
-      target=target,
-      keys=jax.vmap(jax.random.fold_in, (None, 0))(step_key, ids),
-      progress=jnp.zeros(len(x)),
+    measure = functools.partial(_sums, objective, threat, example, predict, state)
+    sums = reduction.total(
+      measure, (x, y, weight, ids), microbatches=microbatches, axis_name=axis_name
     )
-    everywhere = jax.tree.map(
-      lambda d: jnp.broadcast_to(d, (len(x), *d.shape)), state.delta
-    )
-    loss, gradient, sample = stepping.pull_back(
-      lambda delta: loss_at(delta=delta), everywhere
-    )
-    terms = {"loss": loss, "success": jax.vmap(objective.success)(sample)}
-    terms["gradient"] = _each(example, gradient)
-    means, nonfinite = _weighted_means(terms, weight, axis_name)
+    means, nonfinite = reduction.means(sums)
     gradient = means.pop("gradient")
     state = stepping.advance(threat, transform, state, gradient, loss=means["loss"])
     state = state._replace(best_delta=state.delta)
@@ -344,24 +333,31 @@ def _each(example, gradient):
   return jax.vmap(lambda g: example.update(g, example.init(g))[0])(gradient)
 
 
-def _weighted_means(terms, weight, axis_name):
-  """Means over the examples whose terms are all finite, and how many are not."""
-  leaves = [jnp.isfinite(v).reshape(len(weight), -1) for v in jax.tree.leaves(terms)]
-  finite = jnp.concatenate(leaves, 1).all(1)
-  bad = (~finite & (weight > 0)).sum(dtype=jnp.int32)
-  weight = jnp.where(finite, weight, 0)
-
-  def total(values):
-    shape = (-1,) + (1,) * (values.ndim - 1)
-    kept = jnp.where(finite.reshape(shape), values, 0)
-    return (weight.reshape(shape) * kept).sum(0)
-
-  sums = jax.tree.map(total, terms), weight.sum(), bad
-  if axis_name is not None:
-    sums = jax.lax.psum(sums, axis_name)
-  totals, count, bad = sums
-  share = 1 / jnp.maximum(count, jnp.finfo(count.dtype).tiny)
-  return jax.tree.map(lambda value: value * share, totals), bad
+def _sums(objective, threat, example, predict, state, rows):
+  """Loss, success and gradient, added up over some rows of a batch."""
+  x, y, weight, ids = rows
+  target = jax.lax.stop_gradient(objective.prepare(predict, x, y))
+  stepping.check_target(predict, x, target)
+  step_key = jax.random.fold_in(state.key, state.step)
+  loss_at = functools.partial(
+    stepping.evaluate,
+    objective,
+    threat,
+    predict,
+    x,
+    target=target,
+    keys=jax.vmap(jax.random.fold_in, (None, 0))(step_key, ids),
+    progress=jnp.zeros(len(x)),
+  )
+  everywhere = jax.tree.map(
+    lambda d: jnp.broadcast_to(d, (len(x), *d.shape)), state.delta
+  )
+  loss, gradient, sample = stepping.pull_back(
+    lambda delta: loss_at(delta=delta), everywhere
+  )
+  terms = {"loss": loss, "success": jax.vmap(objective.success)(sample)}
+  terms["gradient"] = _each(example, gradient)
+  return reduction.weighted(terms, weight)
 
 
 def _passes(evaluate, predict, x, target, state):

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxadv import sharding
+
 __all__ = ["fit", "over_batches"]
 
 State = TypeVar("State")
@@ -70,6 +72,9 @@ def over_batches(
 ) -> np.ndarray:
   """`function` of batches of one shape, so that it compiles once.
 
+  With a mesh in use (`jaxadv.sharding.use`) every device works on a batch of its own,
+  of the same shape, and every process gets the whole result.
+
   Args:
     function: `(B, ...)` arrays to an array `(B, ...)`, each example by itself.
     *arrays: `(N, ...)`, N the same.
@@ -82,9 +87,16 @@ def over_batches(
     >>> over_batches(lambda x: x + 1, np.arange(5), size=2)
     array([1, 2, 3, 4, 5])
   """
+  mesh, total = sharding.current(), len(arrays[0])
+  own = None if mesh is None else sharding.mesh(mesh.local_devices)
+  process, processes = sharding.share()
+  rows = size * (1 if own is None else own.size)
+  rounds = -(-total // (rows * processes))
   found = []
-  for start in range(0, len(arrays[0]), size):
-    parts = [array[start : start + size] for array in arrays]
-    filled = [np.pad(p, [(0, size - len(p))] + [(0, 0)] * (p.ndim - 1)) for p in parts]
-    found.append(np.asarray(function(*filled))[: len(parts[0])])
-  return np.concatenate(found)
+  for start in range(process * rows, rounds * rows * processes, rows * processes):
+    parts = [array[start : start + rows] for array in arrays]
+    filled = [np.pad(p, [(0, rows - len(p))] + [(0, 0)] * (p.ndim - 1)) for p in parts]
+    placed = filled if own is None else sharding.put(own, filled, axis=sharding.AXIS)
+    found.append(np.asarray(function(*placed)))
+  whole = sharding.collect(np.stack(found))
+  return whole.reshape(-1, *whole.shape[3:])[:total]

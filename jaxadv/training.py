@@ -7,6 +7,7 @@ with the weights of the batch, so padding (weight 0) changes nothing, but for ba
 statistics: these are taken over every image that passes the model.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import inputs
+from jaxadv import inputs, reduction
 from jaxadv.outer_losses import (
   ExampleLoss,
   OuterLoss,
@@ -127,6 +128,8 @@ def train_step(
   loss: ExampleLoss = dice_cross_entropy,
   *,
   augment: AugmentFn | None = None,
+  microbatches: int | None = None,
+  axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """One optimizer step on the weighted mean of the examples' losses.
 
@@ -142,6 +145,8 @@ def train_step(
     augment: one example's `(key, image, label) -> (image, label)`, for instance
       `flips`. Its key depends on the example's `id` and the step, not on its place in
       the batch.
+    microbatches: as for `adversarial_step`.
+    axis_name: as for `adversarial_step`.
 
   Returns:
     `step(state, batch) -> (state, {"loss", "grad_norm"})`, to be jitted by the caller.
@@ -164,7 +169,15 @@ def train_step(
   def first(logits, label):
     return loss(logits[0], label)
 
-  return adversarial_step(apply, tx, (), first, augment=augment)
+  return adversarial_step(
+    apply,
+    tx,
+    (),
+    first,
+    augment=augment,
+    microbatches=microbatches,
+    axis_name=axis_name,
+  )
 
 
 def adversarial_step(
@@ -175,6 +188,7 @@ def adversarial_step(
   *,
   augment: AugmentFn | None = None,
   weights: WeightAttack | None = None,
+  microbatches: int | None = None,
   axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """One optimizer step on several views of the images, each made by an attack.
@@ -194,7 +208,10 @@ def adversarial_step(
     augment: as for `train_step`; comes before the views.
     weights: where the gradient of the step is taken instead of at the parameters, such
       as `adversarial_weights()`; costs one more forward and backward pass.
-    axis_name: of the mapped axis of devices, under `pmap`.
+    microbatches: equal parts of a batch, over all devices, that pass the model one
+      after another and are added up in order, see `jaxadv.reduction`. Batch statistics
+      are then taken over each part, and their mean is kept.
+    axis_name: of the mapped axis of devices, under `pmap` or `shard_map`.
 
   Returns:
     As `train_step`.
@@ -213,28 +230,42 @@ def adversarial_step(
 
   Reference: Madry et al., ICLR 2018, arXiv 1706.06083, for `(pgd,)`.
   """
+  add = functools.partial(
+    reduction.total, microbatches=microbatches, axis_name=axis_name
+  )
+  each = functools.partial(
+    reduction.each, microbatches=microbatches, axis_name=axis_name
+  )
+  ids = functools.partial(_ids, axis_name)
+
+  def cost(state, total, params, rows):
+    seen, label, weight = rows
+    seen = jnp.moveaxis(seen, 1, 0)
+    flat = seen.reshape((-1, *seen.shape[2:]))
+    logits, extra = apply(params, state.extra, flat, True)
+    logits = logits.reshape((*seen.shape[:2], *logits.shape[1:]))
+    losses = jax.vmap(outer, (1, 0))(logits, label)
+    return (weight * losses).sum() / jnp.maximum(total, 1e-6), extra
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    image, label = _augmented(augment, state, batch)
+    image, label = _augmented(augment, state, batch, ids(batch))
     weight = batch.get("weight", jnp.ones(image.shape[:1]))
-    seen = _views(apply, views, state, image, label, _ids(batch))
-    total = _sum(weight.sum(), axis_name)
+    seen = each(
+      functools.partial(_views, apply, views, state), (image, label, ids(batch))
+    )
+    rows, total = (seen, label, weight), add(jnp.sum, weight)
 
-    def cost(params):
-      flat = seen.reshape((-1, *image.shape[1:]))
-      logits, extra = apply(params, state.extra, flat, True)
-      logits = logits.reshape((*seen.shape[:2], *logits.shape[1:]))
-      losses = jax.vmap(outer, (1, 0))(logits, label)
-      return (weight * losses).sum() / jnp.maximum(total, 1e-6), extra
+    def slope(place):
+      at = functools.partial(cost, state, total)
+      return add(lambda r: jax.value_and_grad(at, has_aux=True)(place, r), rows)
 
     place = state.params
     if weights is not None:
-      ascent = jax.grad(cost, has_aux=True)(place)[0]
-      place = weights(place, _sum(ascent, axis_name))
-    (value, extra), grad = jax.value_and_grad(cost, has_aux=True)(place)
-    value, grad = _sum((value, grad), axis_name)
-    if axis_name is not None:
-      extra = jax.lax.pmean(extra, axis_name)
+      place = weights(place, slope(place)[1])
+    (value, extra), grad = slope(place)
+    count = reduction.parts(microbatches, axis_name)
+    if count > 1:
+      extra = jax.tree.map(lambda statistics: statistics / count, extra)
     updates, opt_state = tx.update(grad, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = TrainState(state.step + 1, params, extra, opt_state, state.key)
@@ -294,7 +325,7 @@ def _norm(values):
   return jnp.sqrt(jnp.square(values).sum())
 
 
-def _augmented(augment, state, batch):
+def _augmented(augment, state, batch, ids):
   """Images and labels of the step; a mask of labels that count is not moved."""
   image, label = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
   if augment is not None:
@@ -302,15 +333,16 @@ def _augmented(augment, state, batch):
       raise ValueError(
         "`augment` would move images and not the `mask` of their pixels."
       )
-    keys = _keys(state.key, state.step, _ids(batch))
+    keys = _keys(state.key, state.step, ids)
     image, label = jax.vmap(augment)(keys, image, label)
   return image, truth({**batch, "label": label})
 
 
-def _views(apply, views, state, image, label, ids):
-  """`(V, B, ...)`: what each view shows; the clean images where there is none."""
+def _views(apply, views, state, rows):
+  """`(B, V, ...)`: what each view shows; the clean images where there is none."""
+  image, label, ids = rows
   if not views:
-    return image[None]
+    return image[:, None]
   root = jax.random.fold_in(state.key, _VIEW_STREAM)
   keys = _keys(root, state.step, ids)
 
@@ -321,17 +353,18 @@ def _views(apply, views, state, image, label, ids):
     key = jax.vmap(jax.random.fold_in, (0, None))(keys, n)
     return view(key, predict, image, label).image
 
-  return jax.lax.stop_gradient(jnp.stack([show(*item) for item in enumerate(views)]))
+  shown = [show(*item) for item in enumerate(views)]
+  return jax.lax.stop_gradient(jnp.stack(shown, 1))
 
 
-def _ids(batch):
-  return batch.get("id", jnp.arange(len(batch["image"])))
+def _ids(axis_name, batch):
+  """Of each example, its place in the whole batch where it has no other."""
+  place = jnp.arange(len(batch["image"]))
+  if axis_name is not None:
+    place = place + len(place) * jax.lax.axis_index(axis_name)
+  return batch.get("id", place)
 
 
 def _keys(key, step, ids):
   """One key per example, of its id and the step and not of its place in the batch."""
   return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), ids)
-
-
-def _sum(value, axis_name):
-  return value if axis_name is None else jax.lax.psum(value, axis_name)

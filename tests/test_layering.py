@@ -34,17 +34,20 @@ ALLOWED = {
   "pointwise": GROUND | {"types"},
   "outer_losses": GROUND | {"types", "pointwise"},
   "stepping": {"types", "inputs"},
-  "engine": {"types", "inputs", "stepping"},  # the engine knows no concrete part
+  # the engine knows no concrete part
+  "engine": {"types", "inputs", "stepping", "reduction"},
+  "reduction": set(),
   "combine": {"types", "inputs", "stepping"},  # and this no concrete attack
   "line_search": {"types", "inputs"},
   "stability": {"types", "engine"},  # it runs any attack of the engine
   "attacks": GROUND | PARTS | {"types", "stepping", "engine", "attacks"},
-  "training": {"types", "inputs", "outer_losses"},
+  "training": {"types", "inputs", "outer_losses", "reduction"},
   "defences": GROUND | PARTS | {"types", "engine", "combine", "attacks", "training"},
   "free_training": {"types", "inputs", "training"},
   "generative": {"types", "inputs", "targets", "threats", "combine", "training"},
   "augment": {"types", "training"},
-  "loops": {"types"},
+  "loops": {"types", "sharding"},
+  "sharding": set(),
   "checkpoints": {"types"},
   "metrics": GROUND | {"types"},
   "budgets": {"inputs"},
@@ -71,6 +74,7 @@ APPLICATION = {
   | {"defence_report", "experiments", "fingerprints", "progress", "records"}
   | {"robustness", "summaries", "trust", "victim_job"},
   "defence_report": LIBRARY | {"analysis_plots", "report", "summaries"},
+  "distributed": {"sharding"},
   "experiments": LIBRARY | {"robustness"},
   "fingerprints": {"data"},
   "inspection": LIBRARY | {"analysis_plots"},
@@ -78,7 +82,7 @@ APPLICATION = {
   | {"experiments", "progress", "records", "report", "summaries", "trials"}
   | {"assessment", "fingerprints", "victim_job"},
   "progress": set(),
-  "records": set(),
+  "records": {"distributed"},
   "report": LIBRARY | {"summaries", "records"},
   "robustness": LIBRARY | {"summaries"},
   "retraining": LIBRARY | {"crafting"},

@@ -50,6 +50,7 @@ def universal(
   transform: optax.GradientTransformation | None = None,
   loss: LossFn | None = None,
   prepare: PrepareFn = targets.predictions,
+  microbatches: int | None = None,
   axis_name: str | None = None,
   bounds: Bounds = (0.0, 1.0),
 ) -> Universal:
@@ -80,7 +81,8 @@ def universal(
     prepare: what the loss compares with: the model's clean decision, read from
       `batch["decision"]` or computed by one more forward pass. `jaxadv.types.labels`
       takes the truth, `batch["label"]`.
-    axis_name: of the mapped axis of devices, under `pmap`.
+    microbatches: as for `jaxadv.universal_attack`.
+    axis_name: of the mapped axis of devices, under `pmap` or `shard_map`.
     bounds: valid range of images.
 
   Returns:
@@ -110,6 +112,7 @@ def universal(
     Objective(loss, prepare=prepare),
     _threat(eps, norm, bounds),
     _ascent(eps, norm, step_size, num_steps, decay, transform),
+    microbatches=microbatches,
     axis_name=axis_name,
   )
 
@@ -124,6 +127,7 @@ def targeted_universal(
   decay: Scalar | None = None,
   transform: optax.GradientTransformation | None = None,
   loss: LossFn = losses.task_loss,
+  microbatches: int | None = None,
   axis_name: str | None = None,
   bounds: Bounds = (0.0, 1.0),
 ) -> Universal:
@@ -142,7 +146,8 @@ def targeted_universal(
     transform: as for `universal`.
     loss: lowered on average; `losses.until_reached(losses.cross_entropy)` skips images
       that are at the target already, as the iterative algorithm does.
-    axis_name: of the mapped axis of devices, under `pmap`.
+    microbatches: as for `jaxadv.universal_attack`.
+    axis_name: of the mapped axis of devices, under `pmap` or `shard_map`.
     bounds: valid range of images.
 
   Returns:
@@ -176,6 +181,7 @@ def targeted_universal(
     objective,
     _threat(eps, norm, bounds),
     _ascent(eps, norm, step_size, num_steps, decay, transform),
+    microbatches=microbatches,
     axis_name=axis_name,
   )
 
