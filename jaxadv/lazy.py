@@ -60,7 +60,8 @@ class Rows:
     if isinstance(index, slice):
       return self.read(np.arange(*index.indices(len(self))))
     places = np.asarray(index)
-    if places.ndim > 1 or not np.issubdtype(places.dtype, np.integer):
+    whole = np.issubdtype(places.dtype, np.integer) and not isinstance(index, tuple)
+    if places.ndim > 1 or not whole:
       raise TypeError(
         f"rows on disk are indexed by {type(index).__name__}; write a number, a slice "
         "or an array of numbers. np.asarray(rows) reads all of them."

@@ -4,6 +4,7 @@ Batch `t` is a pure function of the data set, the seed and `t`, so `t` is all th
 to store: a stream goes on anywhere, for any number of processes and of threads.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -132,7 +133,8 @@ def prefetch(
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   numbers = grain.MapDataset.range(start, last)
   # Left to itself, Grain's iterator ends its threads only when garbage is collected.
-  yield from iter(numbers.map(read).to_iter_dataset(options))
+  with contextlib.closing(iter(numbers.map(read).to_iter_dataset(options))) as items:
+    yield from items
 
 
 def members(dataset: Dataset) -> list[np.ndarray]:

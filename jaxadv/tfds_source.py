@@ -85,8 +85,6 @@ def _builder(name, data_dir):
 def _rows(name, builder, split, key):
   """A feature of every record, as `Rows`; the first record says shape and type."""
   records = _records(name, builder, split, key)
-  if not len(records):
-    raise ValueError(f"TFDS data set {name!r} has no record in split {split!r}.")
 
   def row(place):
     try:
@@ -127,8 +125,11 @@ def _records(name, builder, split, key):
     for other, feature in builder.info.features.items()
     if other != key and isinstance(feature, tfds.features.Image)
   }
+  split = split or "all"
+  if not builder.info.splits[split].num_examples:
+    raise ValueError(f"TFDS data set {name!r} has no record in split {split!r}.")
   try:
-    return builder.as_data_source(split=split or "all", decoders=skip)
+    return builder.as_data_source(split=split, decoders=skip)
   except NotImplementedError as error:
     raise ValueError(f"TFDS data set {name!r}: {error}") from error
 

@@ -72,7 +72,7 @@ APPLICATION = {
   | {"robustness", "summaries", "trust", "victim_job"},
   "defence_report": LIBRARY | {"analysis_plots", "report", "summaries"},
   "experiments": LIBRARY | {"robustness"},
-  "fingerprints": {"data"},
+  "fingerprints": {"data", "lazy"},
   "inspection": LIBRARY | {"analysis_plots"},
   "job": LIBRARY
   | {"experiments", "progress", "records", "report", "summaries", "trials"}
