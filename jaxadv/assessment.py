@@ -25,6 +25,7 @@ Variables = dict[str, Any]
 Predictor = Callable[[Variables, jax.Array], Any]
 # By the kind of label: the score that selects a model.
 SCORES = {"mask": "iou", "class": "balanced_accuracy", "set": "auroc"}
+_OVERLAPS = "dice", "iou", "pixel_accuracy"
 
 
 class NotFinite(ValueError):
@@ -87,14 +88,8 @@ def answers(
   Returns:
     `(N, ...)` float.
   """
-  key = jax.random.key(seed)
-  answer = lambda ids, images, labels: _answer(
-    predict, attack, variables, key, ids, data.as_float(images), labels
-  )
-  ids = dataset.ids.astype(np.int32)
-  return loops.over_batches(
-    answer, ids, dataset.images, dataset.labels, size=batch_size
-  )
+  answer = _answering(predict, attack, variables, seed)
+  return loops.over_batches(answer, *_examples(dataset), size=batch_size)
 
 
 def assess(
@@ -123,17 +118,14 @@ def assess(
   Raises:
     NotFinite: where logits are not finite.
   """
-  logits = answers(
-    predict, variables, dataset, attack=attack, seed=seed, batch_size=batch_size
-  )
-  broken = int((~np.isfinite(logits.reshape(len(logits), -1))).any(1).sum())
-  if broken:
-    raise NotFinite(
-      f"on {broken} of {len(logits)} images the victim's logits are not finite; train "
-      "it anew, with a smaller learning rate."
-    )
-  if dataset.kind == "mask":
-    return evaluate(logits.argmax(-1), dataset)
+  answer = _answering(predict, attack, variables, seed)
+  if dataset.kind == "mask":  # four numbers are kept of an image, and no logits
+    judge = functools.partial(_judged, answer, len(dataset.class_names))
+    found = loops.over_batches(judge, *_examples(dataset), size=batch_size)
+    _check_finite(found[:, 0] == 1)
+    return _means(found[:, 1:])
+  logits = loops.over_batches(answer, *_examples(dataset), size=batch_size)
+  _check_finite(np.isfinite(logits).all(1))
   report = scores.label_sets if dataset.kind == "set" else scores.classification
   return report(logits, dataset.labels, dataset.class_names)
 
@@ -146,21 +138,55 @@ def evaluate(prediction: np.ndarray, dataset: data.Dataset) -> dict[str, float]:
     dataset: labelled images.
 
   Returns:
-    `{"iou", "dice", "pixel_accuracy", "images"}`. For more than two classes IoU and
+    `{"dice", "iou", "pixel_accuracy", "images"}`. For more than two classes IoU and
     Dice are means over the classes present in an image.
   """
-  num_classes = len(dataset.class_names)
+  overlap = functools.partial(_overlap, len(dataset.class_names))
+  return _means(loops.over_batches(overlap, prediction, dataset.labels, size=8))
 
+
+def _examples(dataset):
+  return dataset.ids.astype(np.int32), dataset.images, dataset.labels
+
+
+def _answering(predict, attack, variables, seed):
+  """`(ids, images, labels)` of a batch to its logits."""
+  key = jax.random.key(seed)
+  return lambda ids, images, labels: _answer(
+    predict, attack, variables, key, ids, data.as_float(images), labels
+  )
+
+
+def _check_finite(finite):
+  broken = int((~finite).sum())
+  if broken:
+    raise NotFinite(
+      f"on {broken} of {len(finite)} images the victim's logits are not finite; train "
+      "it anew, with a smaller learning rate."
+    )
+
+
+def _judged(answer, num_classes, ids, images, labels):
+  """`(B, 4)`: whether the logits are finite, then `_OVERLAPS`."""
+  logits = np.asarray(answer(ids, images, labels))
+  finite = np.isfinite(logits).reshape(len(logits), -1).all(1)
+  return np.column_stack([finite, _overlap(num_classes, logits.argmax(-1), labels)])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _overlap(num_classes, prediction, labels):
   def one(mask, label):
-    return {
-      "iou": masks.iou(mask, label, num_classes),
-      "dice": metrics.dice(mask, label, num_classes),
-      "pixel_accuracy": masks.pixel_accuracy(mask, label),
-    }
+    dice = metrics.dice(mask, label, num_classes)
+    iou = masks.iou(mask, label, num_classes)
+    return jnp.stack([dice, iou, masks.pixel_accuracy(mask, label)])
 
-  measured = jax.jit(jax.vmap(one))(prediction, dataset.labels)
-  means = {name: float(value.mean()) for name, value in measured.items()}
-  return means | {"images": len(prediction)}
+  return jax.vmap(one)(prediction, labels)
+
+
+def _means(overlaps):
+  columns = zip(_OVERLAPS, overlaps.T, strict=True)
+  means = {name: float(jnp.mean(column)) for name, column in columns}
+  return means | {"images": len(overlaps)}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -27,6 +27,7 @@ from jaxadv import (
   data,
   defence_report,
   fingerprints,
+  loops,
   records,
   robustness,
   summaries,
@@ -206,8 +207,16 @@ def _gradients(run):
 
 def _spread(run):
   """Standard deviation of the training images, per channel: what models divide by."""
-  images = data.as_float(next(iter(run.victims.tasks.values())).parts.train.images)
-  return images.std(tuple(range(images.ndim - 1)))
+  part = next(iter(run.victims.tasks.values())).parts.train
+  moments = loops.over_batches(_moments, part.images, size=64).mean(0)
+  return np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 0))
+
+
+def _moments(images):
+  """Mean and mean square per image and channel, `(B, 2, C)`."""
+  pixels = data.as_float(images).astype(float)
+  pixels = pixels.reshape(len(images), -1, images.shape[-1])
+  return np.stack([pixels.mean(1), np.square(pixels).mean(1)], 1)
 
 
 def _kind(name):

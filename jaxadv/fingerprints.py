@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadv.data import Dataset
+from jaxadv.lazy import Rows
 
 __all__ = ["arrays", "dataset", "program", "text"]
 
@@ -30,8 +31,8 @@ def arrays(tree: Any) -> str:
 
 
 def dataset(data: Dataset) -> str:
-  """Hash of images, labels and ids."""
-  return arrays((data.images, data.labels, data.ids))
+  """Hash of images, labels and ids; of lazy rows, of their origin and 32 of them."""
+  return arrays([_witness(part) for part in (data.images, data.labels, data.ids)])
 
 
 def program(function: Callable, *arguments: Any) -> str:
@@ -55,6 +56,14 @@ def text(value: Any) -> str:
     '<object object>'
   """
   return re.sub(r" at 0x\w+", "", str(value))
+
+
+def _witness(part):
+  """Enough of an array to tell it from others; all of it if it is in memory."""
+  if not isinstance(part, Rows):
+    return part
+  spread = np.linspace(0, len(part) - 1, 32).astype(int)
+  return part.shape, part.origin, part[spread]
 
 
 def _plain(leaf):

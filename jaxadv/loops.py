@@ -67,9 +67,7 @@ def fit(
   return state
 
 
-def over_batches(
-  function: Callable[..., Any], *arrays: np.ndarray, size: int
-) -> np.ndarray:
+def over_batches(function: Callable[..., Any], *arrays: Any, size: int) -> np.ndarray:
   """`function` of batches of one shape, so that it compiles once.
 
   With a mesh in use (`jaxadv.sharding.use`) every device works on a batch of its own,
@@ -77,7 +75,7 @@ def over_batches(
 
   Args:
     function: `(B, ...)` arrays to an array `(B, ...)`, each example by itself.
-    *arrays: `(N, ...)`, N the same.
+    *arrays: `(N, ...)`, N the same; of lazy ones a batch is read at a time.
     size: B; the last batch is filled up with zeros, and what came of them is cut.
 
   Returns:

@@ -10,6 +10,7 @@ per victim, `victim/`, or `victims/NAME/` where a study has several:
 """
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -344,12 +345,15 @@ def _check_parts(recipe, parts):
       raise JobError(f"train and {word} part have other classes; use one source.")
   # A source without split words gives the same images to val and test.
   if parts.validation is not None and recipe.val_split is not None:
-    seen = {image.tobytes() for image in parts.validation.images}
-    shared = seen & {image.tobytes() for image in parts.test.images}
+    shared = _digests(parts.validation) & _digests(parts.test)
     if shared:
       raise JobError(
         f"{len(shared)} validation images are test images too; write a `holdout`."
       )
+
+
+def _digests(part):
+  return {hashlib.sha256(image.tobytes()).digest() for image in part.images}
 
 
 def _check_model(recipe, dataset):

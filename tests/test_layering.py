@@ -22,7 +22,7 @@ ROOT = pathlib.Path(jaxadv.__file__).parent
 GROUND = {"masks", "inputs", "filters"}
 PARTS = {"threats", "losses", "targets", "forwards", "apgd", "transforms"}
 PARTS |= {"similarity"}
-SIDE = {"synthetic", "sources", "pairing", "data"}
+SIDE = {"synthetic", "lazy", "sources", "tfds_source", "streams", "pairing", "data"}
 ALLOWED = {
   "masks": set(),
   "inputs": set(),
@@ -76,7 +76,7 @@ APPLICATION = {
   "defence_report": LIBRARY | {"analysis_plots", "report", "summaries"},
   "distributed": {"sharding"},
   "experiments": LIBRARY | {"robustness"},
-  "fingerprints": {"data"},
+  "fingerprints": {"data", "lazy"},
   "inspection": LIBRARY | {"analysis_plots"},
   "job": LIBRARY
   | {"experiments", "progress", "records", "report", "summaries", "trials"}
@@ -108,7 +108,8 @@ ONLY = {
   "keras": set(),
   "orbax": {"checkpoints"},
   "tensorflow": set(),
-  "tensorflow_datasets": {"sources"},
+  "tensorflow_datasets": {"tfds_source"},
+  "grain": {"streams"},
   "dm_pix": {"metrics", "forwards", "augment"},
   "matplotlib": {"report", "analysis_plots"},
   "jinja2": {"report"},
@@ -216,7 +217,8 @@ def test_the_library_does_not_know_the_application():
 
 
 def test_importing_the_package_is_light_and_brings_no_heavy_neighbour():
-  heavy = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "PIL")
+  heavy = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "grain")
+  heavy += ("matplotlib", "PIL")
   loaded = run(f"import jaxadv, sys; print([m for m in {heavy} if m in sys.modules])")
   assert loaded == "[]"
 
