@@ -1,109 +1,292 @@
-"""Checkpoints of any state pytree through Orbax: typed keys and named tuples included.
+"""Checkpoints of any state pytree through Orbax: asynchronous, atomic, self-checking.
 
 One folder per saved step. A checkpoint either exists whole or not at all: it is written
 aside and renamed, so a killed process leaves nothing that `latest` would find. Beside
-the arrays lie the shapes of the leaves and a checksum of every file, by which a foreign
-or torn checkpoint is refused before Orbax reads it.
+the arrays lie what the run is, the shapes of the leaves and a checksum of every file,
+by which a foreign or torn checkpoint is told before Orbax reads it.
+
+With several processes all of them call everything here, at the same point of the run,
+on one file system: each writes its shards, process 0 does the rest and decides.
 """
 
-import hashlib
-import json
+import concurrent.futures
+import contextlib
+import errno
+import logging
+import math
 import os
 import pathlib
 import shutil
+import tempfile
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-__all__ = ["latest", "restore", "save"]
+from jaxadv import manifests
+
+__all__ = ["SaveError", "Saver", "latest", "restore", "save"]
 
 State = TypeVar("State")
 PathLike = str | os.PathLike[str]
 
+_log = logging.getLogger(__name__)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
-def save(directory: PathLike, state: Any, *, step: int, keep: int = 2) -> None:
-  """Writes `state` as step `step`, then drops all but the `keep` newest.
+
+class SaveError(OSError):
+  """A state that cannot be stored; the message says where and why in one line."""
+
+
+class Saver(contextlib.AbstractContextManager):
+  """Saves while the run goes on.
+
+  `save` returns once the state is copied. Writing ends in the background; the next
+  `save`, `wait` and the end of the block wait for it and raise what went wrong.
+
+  Example:
+    >>> folder = tempfile.mkdtemp()
+    >>> with Saver(folder, {"w": jnp.ones(3)}) as saver:
+    ...   for step in (1, 2, 3):
+    ...     saver.save({"w": jnp.full(3, step)}, step=step)
+    >>> latest(folder)
+    3
+  """
+
+  def __init__(
+    self,
+    directory: PathLike,
+    like: Any,
+    *,
+    keep: int = 2,
+    settings: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Checks that there is room, before any work is done that could be lost.
+
+    Args:
+      directory: folder of the run; made when missing.
+      like: a state, or its shapes: what is going to be saved.
+      keep: checkpoints to keep, 1 or more.
+      settings: flat, of JSON values: what the state depends on.
+
+    Raises:
+      SaveError: when the folder cannot be written, or is too small.
+      ValueError: for `keep < 1`.
+    """
+    if keep < 1:
+      raise ValueError(f"`keep` is {keep}; write 1 or more.")
+    self._directory = pathlib.Path(directory).absolute()
+    self._keep, self._settings = keep, dict(settings or {})
+    _check_room(self._directory, _size(like), keep)
+    self._orbax = ocp.StandardCheckpointer()
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._pending: tuple[int, concurrent.futures.Future] | None = None
+
+  def save(self, state: Any, *, step: int) -> None:
+    """Copies `state`, to be written as step `step`; then all but the newest go.
+
+    Args:
+      state: pytree of arrays and typed keys; its memory may be given away at once.
+      step: number of steps taken, 0 or more. Saving a step again replaces it.
+
+    Raises:
+      SaveError: when this save, or the one before it, cannot be written.
+      ValueError: for a negative `step`.
+    """
+    if step < 0:
+      raise ValueError(f"`step` is {step}; write 0 or more.")
+    self.wait()
+    aside = self._directory / "unfinished"
+    if jax.process_index() == 0:  # the others wait for it inside Orbax
+      shutil.rmtree(aside, ignore_errors=True)
+    with self._explained(step):
+      self._orbax.save(aside / "state", state)
+    done = self._thread.submit(self._finish, aside, step, manifests.leaves(state))
+    self._pending = step, done
+
+  def wait(self) -> None:
+    """Returns when what was saved is on disk.
+
+    Raises:
+      SaveError: when it cannot be written, here or on another process.
+    """
+    if self._pending is None:
+      return
+    (step, done), self._pending = self._pending, None
+    with self._explained(step):
+      done.result()
+    if jax.process_count() > 1:  # process 0 may rename after the others are done
+      multihost_utils.sync_global_devices(f"saved {step}")
+
+  def __exit__(self, *error: object) -> None:
+    """Waits for the last save."""
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._orbax.close()
+
+  def _finish(self, aside, step, leaves):
+    self._orbax.wait_until_finished()
+    if jax.process_index():
+      return
+    manifests.write(aside, leaves, self._settings)
+    folder = _folder(self._directory, step)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    # What is later than this step was torn, and is made anew.
+    steps = _steps(self._directory)
+    newest = [each for each in steps if each <= step][-self._keep :]
+    for old in set(steps) - set(newest):
+      shutil.rmtree(_folder(self._directory, old))
+
+  @contextlib.contextmanager
+  def _explained(self, step):
+    """One line for whatever a full or broken disk makes Orbax raise."""
+    try:
+      yield
+    except Exception as error:
+      # Half a checkpoint is of no use, and the room may be needed.
+      shutil.rmtree(self._directory / "unfinished", ignore_errors=True)
+      left = (_steps(self._directory) or [None])[-1]
+      kept = "no checkpoint is left" if left is None else f"step {left} is kept"
+      raise SaveError(
+        f"cannot save step {step} in {self._directory}: {_reason(error)}; {kept}."
+      ) from error
+
+
+def save(
+  directory: PathLike,
+  state: Any,
+  *,
+  step: int,
+  keep: int = 2,
+  settings: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes `state` as step `step` and waits for it, as a `Saver` with one save.
 
   Args:
     directory: folder of the run; made when missing.
     state: pytree of arrays and typed keys.
-    step: number of steps taken, 0 or more. Saving a step again replaces it.
+    step: number of steps taken, 0 or more.
     keep: checkpoints to keep, 1 or more.
+    settings: as of a `Saver`.
 
   Raises:
+    SaveError: when it cannot be written.
     ValueError: for a negative `step` or `keep < 1`.
   """
-  if step < 0 or keep < 1:
-    raise ValueError(f"`step` is {step} and `keep` {keep}; write step >= 0, keep >= 1.")
-  aside = pathlib.Path(directory).absolute() / "unfinished"
-  shutil.rmtree(aside, ignore_errors=True)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(aside / "state", state)
-  about = {"leaves": _leaves(state), "files": _checksums(aside / "state")}
-  (aside / "about.json").write_text(json.dumps(about, indent=1))
-  folder = _folder(directory, step)
-  shutil.rmtree(folder, ignore_errors=True)
-  aside.rename(folder)
-  for old in _steps(directory)[:-keep]:
-    shutil.rmtree(_folder(directory, old))
+  with Saver(directory, state, keep=keep, settings=settings) as saver:
+    saver.save(state, step=step)
 
 
 def latest(directory: PathLike) -> int | None:
-  """The newest finished step in `directory`, or `None`.
+  """The newest finished step in `directory`, or `None`; it may be torn.
 
   Example:
     >>> print(latest("no-such-folder"))
     None
   """
-  steps = _steps(directory)
-  return steps[-1] if steps else None
+  step = _decided(lambda: (_steps(directory) or [-1])[-1])
+  return None if step < 0 else step
 
 
-def restore(directory: PathLike, like: State, *, step: int | None = None) -> State:
-  """Reads a state back, onto the devices of `like`.
+def restore(
+  directory: PathLike,
+  like: State,
+  *,
+  step: int | None = None,
+  settings: Mapping[str, Any] | None = None,
+) -> State:
+  """Reads a state back, onto the devices of `like`, however many wrote it.
 
   What is bound to no device there is bound to none here, as in a fresh state: beside a
   bound array the results are bound, and a loop would compile its second step anew.
 
   Args:
     directory: folder given to `save`.
-    like: a state of the same structure, shapes and dtypes; its values are not used.
-    step: which step; the newest by default.
+    like: a state of the same structure, shapes and dtypes; its values are not used. Or
+      its shapes, `jax.ShapeDtypeStruct`, with shardings or without.
+    step: which step; by default the newest that is whole. Newer ones that are torn are
+      skipped with a warning in the log.
+    settings: what the state must depend on; by default anything.
 
   Returns:
     The saved state, bit for bit.
 
   Raises:
     FileNotFoundError: when there is no such checkpoint.
-    ValueError: when the checkpoint is torn, or holds other leaves than `like`.
+    ValueError: when the checkpoints are torn, or the one chosen is of other settings or
+      holds other leaves than `like`.
 
   Example:
-    >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> save(folder, {"w": jax.numpy.ones(3), "key": jax.random.key(0)}, step=7)
     >>> like = {"w": jax.numpy.zeros(3), "key": jax.random.key(1)}
     >>> restore(folder, like)["w"].tolist()
     [1.0, 1.0, 1.0]
   """
-  step = latest(directory) if step is None else step
-  if step is None or step not in _steps(directory):
-    raise FileNotFoundError(
-      f"no finished checkpoint in {directory}; found none to read."
-    )
+  step = _decided(lambda: _newest_whole(directory, step))
+  if step < 0:
+    raise ValueError(f"process 0 can read no checkpoint in {directory}; it says why.")
   folder = _folder(directory, step)
-  about = _about(folder)
-  _check_leaves(folder, about["leaves"], _leaves(like))
+  manifests.check(folder, manifests.leaves(like), settings)
   with ocp.StandardCheckpointer() as checkpointer:
-    state = checkpointer.restore(folder / "state", like)
+    state = checkpointer.restore(folder / "state", jax.tree.map(_place, like))
   return jax.tree.map(_bound_as, state, like)
 
 
+def _decided(choose):
+  """What process 0 chooses; -1 on the others where it raises."""
+  if jax.process_count() == 1:
+    return choose()
+  step, failed = -1, None
+  if jax.process_index() == 0:
+    try:
+      step = choose()
+    except (OSError, ValueError) as error:
+      failed = error
+  step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+  if failed:
+    raise failed
+  return step
+
+
+def _newest_whole(directory, step):
+  """The newest whole step, or that step if one is given."""
+  steps = [n for n in _steps(directory) if step in (None, n)]
+  torn: list[str] = []
+  for step in reversed(steps):
+    damage = manifests.damage(_folder(directory, step))
+    if damage is None:
+      for line in torn:
+        _log.warning("%s; it is skipped, step %d is used", line, step)
+      return step
+    torn.append(f"checkpoint {_folder(directory, step)} is torn ({damage})")
+  if torn:
+    raise ValueError(f"{torn[0]}; delete it and run again.")
+  raise FileNotFoundError(f"no finished checkpoint in {directory}; found none to read.")
+
+
+def _is_bound(leaf):
+  return getattr(leaf, "committed", getattr(leaf, "sharding", None) is not None)
+
+
+def _place(leaf):
+  """Where Orbax reads a leaf to; its own default is the devices it was saved from."""
+  if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+    return leaf
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  sharding = leaf.sharding if _is_bound(leaf) else here
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def _bound_as(leaf, like):
-  bound = getattr(like, "committed", getattr(like, "sharding", None))
-  if bound or not isinstance(leaf, jax.Array):
+  if _is_bound(like) or not isinstance(leaf, jax.Array):
     return leaf
   if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     return jnp.asarray(np.asarray(leaf))
@@ -120,51 +303,33 @@ def _steps(directory):
   return sorted(int(folder.name[5:]) for folder in folders)
 
 
-def _about(folder):
+def _size(state):
+  """Bytes of the leaves; a key counts its words."""
+  leaves = jax.tree.leaves(state)
+  return sum(math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize for x in leaves)
+
+
+def _check_room(directory, size, keep):
+  """Writes a byte, and counts those that are free."""
   try:
-    about = json.loads((folder / "about.json").read_text())
-    found = _checksums(folder / "state")
-  except (OSError, ValueError) as error:
-    raise ValueError(_torn(folder, error)) from error
-  for name in sorted(found.keys() | about["files"].keys()):
-    if found.get(name) != about["files"].get(name):
-      raise ValueError(_torn(folder, f"{name} is not as it was written"))
-  return about
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory) as file:
+      file.write(b"0")
+    free = shutil.disk_usage(directory).free
+  except OSError as error:
+    raise SaveError(f"cannot write to {directory}: {error.strerror}") from error
+  # One more than is kept, while it is written.
+  need = size * max(1, keep + 1 - len(_steps(directory)))
+  if free < need:
+    raise SaveError(
+      f"{directory} has {free / 1e6:.1f} MB free; checkpoints need {need / 1e6:.1f} MB."
+    )
 
 
-def _torn(folder, reason):
-  return f"checkpoint {folder} is torn ({reason}); delete it and run again."
-
-
-def _checksums(folder):
-  files = [path for path in folder.rglob("*") if path.is_file()]
-  return {
-    str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-    for path in files
-  }
-
-
-def _leaves(state):
-  """Path, shape and dtype of every leaf, as JSON keeps them."""
-  paths, _ = jax.tree.flatten_with_path(state)
-  return {
-    jax.tree_util.keystr(
-      path
-    ): f"{jax.numpy.shape(leaf)} {jax.dtypes.result_type(leaf)}"
-    for path, leaf in paths
-  }
-
-
-def _check_leaves(folder, found, wanted):
-  if found == wanted:
-    return
-  differing = [
-    f"{path}: checkpoint has {found.get(path, 'nothing')}, "
-    f"this run needs {wanted.get(path, 'nothing')}"
-    for path in sorted(found.keys() | wanted.keys())
-    if found.get(path) != wanted.get(path)
-  ]
-  raise ValueError(
-    f"checkpoint {folder} is of another state ({len(differing)} leaves differ): "
-    + "; ".join(differing[:3])
-  )
+def _reason(error):
+  """The system's own words, where they are inside a longer message."""
+  for number in _DISK:
+    if os.strerror(number) in str(error):
+      return os.strerror(number)
+  lines = str(error).strip().splitlines()
+  return lines[0][:200] if lines else type(error).__name__

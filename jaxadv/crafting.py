@@ -5,9 +5,10 @@ state is the checkpoint and a batch is a function of its position, so a run that
 killed goes on to the same bits.
 """
 
+import contextlib
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -117,6 +118,7 @@ def craft(
   eps: float,
   *,
   folder: pathlib.Path | None = None,
+  settings: Mapping[str, Any] | None = None,
   on_step: Callable[[int, Perturbation, loops.Metrics], None] | None = None,
 ) -> Perturbation:
   """Crafts a perturbation, or goes on from its last checkpoint.
@@ -126,30 +128,41 @@ def craft(
     subject: against whom.
     eps: radius.
     folder: of the checkpoints; `None` for none.
+    settings: flat, of JSON values: what the state depends on beside radius and plan.
     on_step: called as `on_step(n, state, metrics)` after step n, counted from 1.
 
   Returns:
     The state after the last step.
+
+  Raises:
+    SaveError: when a checkpoint cannot be written.
+    ValueError: when all checkpoints are torn, or are of other settings.
   """
   image = jnp.zeros(subject.train.dataset.images.shape[1:])
   rule, aim = (plan.make, plan.norm, plan.steps), (eps, plan.target)
   start = functools.partial(_start, rule, jax.random.key(plan.seed), image)
-  done = 0 if folder is None else checkpoints.latest(folder) or 0
-  if folder is None or not done:
+  settings = {**_describe(plan, eps), **(settings or {})}
+  if folder is None or checkpoints.latest(folder) is None:
     state = start(aim)
   else:
-    state = checkpoints.restore(folder, jax.eval_shape(start, aim))
+    shapes = jax.eval_shape(start, aim)
+    state = checkpoints.restore(folder, shapes, settings=settings)
+  done = int(state.step)
   step = functools.partial(_step, rule, subject.predict, aim, subject.variables)
+  saving: contextlib.AbstractContextManager = contextlib.nullcontext()
+  if folder is not None and plan.steps:
+    saving = checkpoints.Saver(folder, state, settings=settings)
 
   def after(n, state, metrics):
     n += done
     if on_step is not None:
       on_step(n, state, metrics)
-    if folder is not None and (n % plan.checkpoint_every == 0 or n == plan.steps):
-      checkpoints.save(folder, state, step=n)
+    if saver and (n % plan.checkpoint_every == 0 or n == plan.steps):
+      saver.save(state, step=n)
 
   batches = stream(subject.train, plan, start=done)
-  return loops.fit(step, state, batches, num_steps=plan.steps - done, on_step=after)
+  with saving as saver:
+    return loops.fit(step, state, batches, num_steps=plan.steps - done, on_step=after)
 
 
 def program(plan: Plan, dataset: data.Dataset, outputs: Any) -> str:
@@ -243,6 +256,12 @@ def stream(
   for batch in data.batches(part.dataset, plan.batch, seed=plan.seed, start=start):
     seen = [place[int(number)] for number in batch["id"]]
     yield batch | {"decision": part.before[seen]}
+
+
+def _describe(plan, eps):
+  """What a checkpoint is of; the program is described by the caller's settings."""
+  fields = {"eps": float(eps), **plan._asdict()}
+  return {k: v for k, v in fields.items() if k not in ("make", "checkpoint_every")}
 
 
 def _share(dataset, size):

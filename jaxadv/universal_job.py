@@ -307,13 +307,17 @@ def _craft_cell(run, subject, cell):
   label = f"{cell.victim} {cell.share:.0%} {cell.name}"
   show = run.victims.progress if plan.steps else silent
   places = folder / "checkpoints"
+  settings = {"program": run.settings["perturbations"][cell.name]}
+  settings |= run.victims.tasks[cell.victim].settings
   with show(label, plan.steps, checkpoints.latest(places) or 0) as advance:
 
     def on_step(n, state, metrics):
       advance(1, f"fooled {float(metrics['success']):.2f}")
 
     with _refused(places):
-      state = crafting.craft(plan, subject, eps, folder=places, on_step=on_step)
+      state = crafting.craft(
+        plan, subject, eps, folder=places, settings=settings, on_step=on_step
+      )
   seconds = time.perf_counter() - started
   tables = crafting.measure(subject, state.delta)
   _store(folder, np.asarray(state.delta))
@@ -342,8 +346,7 @@ def _store(folder, delta):
 
 
 def _folder(run, cell):
-  place = run.folder / "perturbations" / cell.victim / f"{cell.share:g}" / cell.name
-  return pathlib.Path(place)
+  return run.folder / "perturbations" / cell.victim / f"{cell.share:g}" / cell.name
 
 
 def _is_done(run, cell):

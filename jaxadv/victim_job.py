@@ -252,6 +252,7 @@ def train(task: Task, *, progress: Progress = silent) -> Victim:
       parts.train,
       folder / "checkpoints",
       validation=parts.validation,
+      settings=settings,
       progress=progress,
     )
     evaluation = assessment.assess(predict, variables, parts.test)

@@ -11,6 +11,7 @@ the same choice, or sees that it had collapsed.
 import functools
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -124,6 +125,7 @@ def train(
   folder: pathlib.Path,
   *,
   validation: data.Dataset | None = None,
+  settings: Mapping[str, Any] | None = None,
   progress: Progress = silent,
 ) -> Trained:
   """Trains the victim, or goes on from its last checkpoint, or just reads it.
@@ -138,24 +140,27 @@ def train(
       and training stops where the score falls by `recipe.collapse`, or where the model
       answers NaN. Never the test part: the published code selects there, and its
       accuracies are flattered by it.
+    settings: from `describe`, stored with the checkpoints; by default they are not told
+      apart.
     progress: shows the steps.
 
   Returns:
     The best checkpoint; the last one without validation images.
 
   Raises:
-    ValueError: for a torn checkpoint, or one of another model; with `recipe.balance`,
-      for labels that cannot be balanced.
+    SaveError: when a checkpoint cannot be written.
+    ValueError: when all checkpoints are torn, or are of another model; with
+      `recipe.balance`, for labels that cannot be balanced.
   """
-  done = checkpoints.latest(folder)
   start = functools.partial(_start, recipe, validation is not None)
-  if done is None:
+  if checkpoints.latest(folder) is None:
     state = jax.jit(start)(_initial(recipe, dataset))
   else:
     shapes = jax.eval_shape(start, _shapes(recipe, dataset))
-    state = checkpoints.restore(folder, shapes)
-  if (done or 0) < recipe.train_steps and not _collapsed(recipe, state):
-    state = _fit(recipe, dataset, validation, folder, state, done or 0, progress)
+    state = checkpoints.restore(folder, shapes, settings=settings)
+  if int(state.train.step) < recipe.train_steps and not _collapsed(recipe, state):
+    with checkpoints.Saver(folder, state, settings=settings) as saver:
+      state = _fit(recipe, dataset, validation, state, saver, progress)
   return state.best or _trained(state.train)
 
 
@@ -216,8 +221,9 @@ def _example(dataset):
   return jnp.zeros((1, *dataset.images.shape[1:]))
 
 
-def _fit(recipe, dataset, validation, folder, state, done, progress):
+def _fit(recipe, dataset, validation, state, saver, progress):
   """From checkpoint to checkpoint, so that a choice is stored with what it is among."""
+  done = int(state.train.step)
   step = _step_of(recipe, dataset)
   judge = functools.partial(_judge, recipe, predictor(recipe.model), validation)
   batches = data.batches(
@@ -231,7 +237,7 @@ def _fit(recipe, dataset, validation, folder, state, done, progress):
       last = loops.fit(step, state.train, batches, num_steps=count, on_step=on_step)
       state = judge(state.best, last)
       done += count
-      checkpoints.save(folder, state, step=done)
+      saver.save(state, step=done)
   return state
 
 

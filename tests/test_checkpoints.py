@@ -1,6 +1,9 @@
 """Checkpoints: bit-exact, atomic, and refused when torn or of another state."""
 
+import errno
+import os
 import pathlib
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxadv
 from jaxadv import checkpoints, training
 
 
@@ -104,5 +108,125 @@ def spoil(path: pathlib.Path, whole: bytes, damage: str) -> None:
 
 
 def test_bad_numbers_are_refused(tmp_path):
-  with pytest.raises(ValueError, match="write step >= 0"):
+  with pytest.raises(ValueError, match="`step` is -1; write 0 or more"):
     checkpoints.save(tmp_path, {}, step=-1)
+  with pytest.raises(ValueError, match="`keep` is 0; write 1 or more"):
+    checkpoints.save(tmp_path, {}, step=1, keep=0)
+
+
+def test_a_state_may_be_given_away_while_it_is_being_written(tmp_path):
+  """As a training step does, whose state's memory the next one takes over."""
+  spoil = jax.jit(lambda x: {"x": x["x"] * 0}, donate_argnums=0)
+  with checkpoints.Saver(tmp_path, {"x": jnp.ones(1_000_000)}, keep=9) as saver:
+    for step in range(1, 5):
+      state = {"x": jnp.full(1_000_000, step, jnp.float32)}
+      saver.save(state, step=step)
+      jax.block_until_ready(spoil(state))
+  for step in range(1, 5):
+    back = checkpoints.restore(tmp_path, {"x": jnp.zeros(1_000_000)}, step=step)
+    assert (np.asarray(back["x"]) == step).all()
+
+
+def test_saving_returns_before_the_checkpoint_is_there(tmp_path, monkeypatch):
+  """The training goes on while checksums are made; the end of the block waits."""
+  go_on = threading.Event()
+  write = checkpoints.manifests.write
+
+  def late(*arguments):
+    assert go_on.wait(60)
+    write(*arguments)
+
+  monkeypatch.setattr(checkpoints.manifests, "write", late)
+  with checkpoints.Saver(tmp_path, a_state()) as saver:
+    saver.save(a_state(), step=1)
+    assert checkpoints.latest(tmp_path) is None
+    go_on.set()
+  assert checkpoints.latest(tmp_path) == 1
+
+
+@pytest.mark.parametrize("late", ["the next save", "wait", "the end of the block"])
+def test_what_goes_wrong_in_the_background_is_raised(tmp_path, monkeypatch, late):
+  checkpoints.save(tmp_path, a_state(), step=1)
+
+  def full(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+
+  def run():
+    with checkpoints.Saver(tmp_path, a_state()) as saver:
+      saver.save(a_state(), step=2)
+      if late == "the next save":
+        saver.save(a_state(), step=3)
+      elif late == "wait":
+        saver.wait()
+
+  monkeypatch.setattr(checkpoints.manifests, "write", full)
+  line = rf"cannot save step 2 in {tmp_path}: No space left on device; step 1 is kept"
+  with pytest.raises(checkpoints.SaveError, match=line):
+    run()
+  assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+  checkpoints.restore(tmp_path, a_state())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_torn_checkpoint_is_skipped_for_the_newest_whole_one(
+  tmp_path, damage, caplog
+):
+  for step in (1, 2, 3):
+    checkpoints.save(tmp_path, {"x": jnp.float32(step)}, step=step, keep=3)
+  like = {"x": jnp.float32(0)}
+  for step, name in ((3, "state/_METADATA"), (2, "about.json")):
+    path = tmp_path / f"step_{step:08d}" / name
+    spoil(path, path.read_bytes(), damage)
+  assert checkpoints.restore(tmp_path, like)["x"] == 1
+  assert len(caplog.messages) == 2
+  for step, line in zip((3, 2), caplog.messages, strict=True):
+    assert f"step_{step:08d} is torn" in line
+    assert "step 1 is used" in line
+    assert "\n" not in line
+  # a torn step is not taken for one of those that are kept
+  checkpoints.save(tmp_path, like, step=2)
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "step_00000001",
+    "step_00000002",
+  ]
+
+
+def test_another_run_is_refused_and_the_difference_named(tmp_path, caplog):
+  settings = {"eps": 0.1, "seed": 0, "targets": (1, 2)}
+  checkpoints.save(tmp_path, a_state(), step=1, settings=settings)
+  checkpoints.restore(tmp_path, a_state(), settings=settings)
+  checkpoints.restore(tmp_path, a_state())
+  other = {"eps": 0.2, "seed": 0, "targets": (1, 2), "more": 1}
+  line = (
+    "is of another run: eps: checkpoint has 0.1, this run needs 0.2; "
+    "more: checkpoint has nothing, this run needs 1"
+  )
+  with pytest.raises(ValueError, match=line):
+    checkpoints.restore(tmp_path, a_state(), settings=other)
+  assert not caplog.messages
+
+
+def test_another_version_is_told_of(tmp_path, caplog, monkeypatch):
+  checkpoints.save(tmp_path, a_state(), step=1)
+  monkeypatch.setattr(jaxadv, "__version__", "99.0")
+  checkpoints.restore(tmp_path, a_state())
+  (line,) = caplog.messages
+  assert "this is 99.0: bits may differ" in line
+
+
+def test_a_folder_without_room_is_refused_before_anything_is_computed(
+  tmp_path, monkeypatch
+):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(checkpoints.SaveError, match=r"cannot write to .*/file/runs: Not"):
+    checkpoints.Saver(tmp_path / "file" / "runs", a_state())
+  usage = checkpoints.shutil.disk_usage(tmp_path)
+  state = {"x": jnp.zeros(1_000_000)}
+  monkeypatch.setattr(
+    checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=11_000_000)
+  )
+  line = r"has 11.0 MB free; checkpoints need 12.0 MB"
+  with pytest.raises(checkpoints.SaveError, match=line):
+    checkpoints.Saver(tmp_path, state)
+  checkpoints.save(tmp_path, state, step=1, keep=1)
+  checkpoints.Saver(tmp_path, state)  # what is there already needs no room

@@ -314,18 +314,56 @@ def test_a_victim_that_diverged_is_one_line(pack, tmp_path, capsys):
   assert error.count("\n") == 1
 
 
-def test_a_torn_checkpoint_is_one_line(finished, tmp_path, capsys):
-  run, _ = finished
+def test_torn_checkpoints_are_told_of_in_one_line(finished, tmp_path):
+  """The newest whole one is used; without any the run is refused."""
+  run, results = finished
   folder = tmp_path / "run"
   shutil.copytree(run.folder, folder)
   cell = folder / "perturbations" / "small" / "0.1" / "universal"
-  (cell / "outcome.json").unlink()
-  checkpoint = sorted((cell / "checkpoints").iterdir())[-1]
-  (checkpoint / "about.json").unlink()
-  config = str(run.folder.parent / "colors.py")
-  assert cli.main(["uap", config, "--out", str(folder), "--no-progress"]) == 2
+  older, newest = sorted((cell / "checkpoints").iterdir())
+  words = ["uap", str(run.folder.parent / "colors.py"), "--out", str(folder)]
+
+  def again():
+    (cell / "outcome.json").unlink()
+    done = subprocess.run(
+      [sys.executable, "-m", "jaxadv", *words, "--no-progress"],
+      capture_output=True,
+      text=True,
+    )
+    return done.returncode, done.stderr
+
+  (newest / "about.json").unlink()
+  status, error = again()
+  assert status == 0
+  assert f"{newest} is torn (about.json: No such file or directory)" in error
+  assert "step 3 is used" in error
+  assert error.count("\n") == 1
+  drop = lambda row: {k: v for k, v in row.items() if k != "seconds"}
+  assert list(map(drop, rows(folder))) == list(map(drop, results["rows"]))
+  for torn in (older, newest):
+    (torn / "about.json").unlink()
+  status, error = again()
+  assert status == 2
+  assert f"{newest} is torn" in error
+  assert error.count("\n") == 1
+
+
+def test_checkpoints_of_another_run_are_refused(finished, tmp_path, capsys):
+  """A folder of checkpoints that was copied to where others belong."""
+  run, _ = finished
+  folder = tmp_path / "run"
+  shutil.copytree(run.folder, folder)
+  cells = folder / "perturbations" / "small"
+  (cells / "0.1" / "universal" / "outcome.json").unlink()
+  shutil.rmtree(cells / "0.1" / "universal" / "checkpoints")
+  shutil.copytree(
+    cells / "0.5" / "universal" / "checkpoints",
+    cells / "0.1" / "universal" / "checkpoints",
+  )
+  words = ["uap", str(run.folder.parent / "colors.py"), "--out", str(folder)]
+  assert cli.main([*words, "--no-progress"]) == 2
   error = capsys.readouterr().err
-  assert f"{checkpoint} is torn" in error
+  assert "is of another run: eps: checkpoint has 3.46" in error
   assert error.count("\n") == 1
 
 
