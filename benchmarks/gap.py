@@ -35,6 +35,7 @@ import optax
 from jaxadv import (
   attacks,
   combine,
+  config_files,
   data,
   experiments,
   generative,
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--steps", type=int, default=300, help="of each generator")
   options = parser.parse_args(arguments)
   print("# GAP beside PGD and random signs: all numbers")
-  blood = experiments.load_config(BLOOD).experiment
+  blood = config_files.load_config(BLOOD).experiment
   recipes = {"blood cells": dataclasses.replace(blood, side=32), "chest X-rays": CHEST}
   for name, recipe in recipes.items():
     task, about = trained(name, recipe, options.out / name.replace(" ", "_"))

@@ -18,7 +18,7 @@ from jaxadv import (
   assessment,
   attacks,
   combine,
-  experiments,
+  config_files,
   progress,
   summaries,
   victim_job,
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--data", help="source to use instead of the config's")
   parser.add_argument("--quick", action="store_true", help="the smallest sensible form")
   options = parser.parse_args(arguments)
-  config = experiments.load_config(options.config, quick=options.quick)
+  config = config_files.load_config(options.config, quick=options.quick)
   views = {"clean": combine.identity} | {
     f"{name} {radius:g}": _attack(make, radius / 255, 2 if options.quick else 20)
     for radius in options.radii

@@ -8,15 +8,25 @@ killed goes on to the same bits.
 import contextlib
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import attacks, checkpoints, data, fingerprints, loops, outcomes, threats
+from jaxadv import (
+  attacks,
+  checkpoints,
+  data,
+  fingerprints,
+  loops,
+  outcomes,
+  sharding,
+  threats,
+)
 from jaxadv.engine import Universal
+from jaxadv.lazy import Rows
 from jaxadv.types import Array, Perturbation, call
 
 __all__ = [
@@ -30,6 +40,7 @@ __all__ = [
   "measure",
   "per_image",
   "program",
+  "radius",
   "stream",
   "subject",
 ]
@@ -88,6 +99,8 @@ class Plan(NamedTuple):
     batch: images per batch.
     seed: of the key and of the order of the images.
     checkpoint_every: steps between checkpoints.
+    microbatches: parts that a batch is cut into, see `jaxadv.reduction`; `make` takes
+      them and the `axis_name` of the devices. `None` for the fast sum.
   """
 
   make: Callable[..., Universal]
@@ -97,6 +110,7 @@ class Plan(NamedTuple):
   batch: int
   seed: int
   checkpoint_every: int
+  microbatches: int | None = None
 
 
 def subject(
@@ -139,7 +153,9 @@ def craft(
     ValueError: when all checkpoints are torn, or are of other settings.
   """
   image = jnp.zeros(subject.train.dataset.images.shape[1:])
-  rule, aim = (plan.make, plan.norm, plan.steps), (eps, plan.target)
+  mesh = sharding.fitting(plan.batch, microbatches=plan.microbatches)
+  axis_name = sharding.AXIS if mesh and plan.microbatches else None
+  rule, aim = _rule(plan, axis_name), (eps, plan.target)
   start = functools.partial(_start, rule, jax.random.key(plan.seed), image)
   settings = {**_describe(plan, eps), **(settings or {})}
   if folder is None or checkpoints.latest(folder) is None:
@@ -148,7 +164,12 @@ def craft(
     shapes = jax.eval_shape(start, aim)
     state = checkpoints.restore(folder, shapes, settings=settings)
   done = int(state.step)
-  step = functools.partial(_step, rule, subject.predict, aim, subject.variables)
+  variables = subject.variables
+  batches: Iterable[loops.Batch] = stream(subject.train, plan, start=done)
+  if mesh is not None:
+    variables, state = sharding.put(mesh, (variables, state))
+    batches = sharding.feed(mesh, batches)
+  step = functools.partial(_step, rule, subject.predict, mesh, aim, variables)
   saving: contextlib.AbstractContextManager = contextlib.nullcontext()
   if folder is not None and plan.steps:
     saving = checkpoints.Saver(folder, state, settings=settings)
@@ -160,9 +181,9 @@ def craft(
     if saver and (n % plan.checkpoint_every == 0 or n == plan.steps):
       saver.save(state, step=n)
 
-  batches = stream(subject.train, plan, start=done)
   with saving as saver:
-    return loops.fit(step, state, batches, num_steps=plan.steps - done, on_step=after)
+    state = loops.fit(step, state, batches, num_steps=plan.steps - done, on_step=after)
+  return state if mesh is None else sharding.local(state)
 
 
 def program(plan: Plan, dataset: data.Dataset, outputs: Any) -> str:
@@ -173,7 +194,7 @@ def program(plan: Plan, dataset: data.Dataset, outputs: Any) -> str:
     dataset: images that it is going to take.
     outputs: shapes of the victim's outputs; it is traced with a linear model instead.
   """
-  batch = next(data.batches(dataset, 2))
+  batch = next(data.batches(dataset, plan.microbatches or 2))
   batch["decision"] = batch["label"]
   image = jnp.asarray(batch["image"])
 
@@ -248,12 +269,29 @@ def per_image(subject: Subject, eps: float, *, norm: Norm) -> float:
   return float(np.mean(after != before))
 
 
+def radius(images: Any, share: float, norm: Norm, channels: str = "all") -> float:
+  """The radius of a share of the mean norm of images, in memory or lazy.
+
+  Args:
+    images: `(N, ..., C)` uint8 or float32 in [0, 1].
+    share: of that norm, above 0.
+    norm: of the ball.
+    channels: as `norm_channels` of `threats.share_of_norm`.
+  """
+  if isinstance(images, Rows):
+    return share * _mean_norm(images, norm, channels)
+  return _share_of_norm(images, share, norm, channels)
+
+
 def stream(
   part: Part, plan: Plan, *, start: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
   """The stream of training batches, with the clean decisions beside the truth."""
   place = {int(number): n for n, number in enumerate(part.dataset.ids)}
-  for batch in data.batches(part.dataset, plan.batch, seed=plan.seed, start=start):
+  batches = data.batches(
+    part.dataset, plan.batch, seed=plan.seed, start=start, shard=sharding.share()
+  )
+  for batch in batches:
     seen = [place[int(number)] for number in batch["id"]]
     yield batch | {"decision": part.before[seen]}
 
@@ -262,6 +300,18 @@ def _describe(plan, eps):
   """What a checkpoint is of; the program is described by the caller's settings."""
   fields = {"eps": float(eps), **plan._asdict()}
   return {k: v for k, v in fields.items() if k not in ("make", "checkpoint_every")}
+
+
+@functools.lru_cache(maxsize=1)
+def _mean_norm(images, *norm):
+  """The mean norm of images on disk, which are gone through once per process."""
+  parts = (images[n : n + 256] for n in range(0, len(images), 256))
+  return sum(len(part) * _share_of_norm(part, 1, *norm) for part in parts) / len(images)
+
+
+def _share_of_norm(images, share, norm, channels):
+  pixels = jnp.asarray(data.as_float(images))
+  return threats.share_of_norm(pixels, share, norm=norm, norm_channels=channels)
 
 
 def _share(dataset, size):
@@ -279,12 +329,22 @@ def _table(subject, part, delta, view):
 
 def build(plan: Plan, eps: Any) -> Universal:
   """The perturbation of a plan, in the making."""
-  return _build((plan.make, plan.norm, plan.steps), (eps, plan.target))
+  return _build(_rule(plan), (eps, plan.target))
+
+
+def _rule(plan, axis_name=None):
+  """What a crafting step is compiled for."""
+  if not plan.steps:
+    return plan.make, plan.norm, ()
+  options = {"num_steps": plan.steps, "microbatches": plan.microbatches}
+  options["axis_name"] = axis_name
+  given = tuple((name, value) for name, value in options.items() if value is not None)
+  return plan.make, plan.norm, given
 
 
 def _build(rule, aim):
-  (make, norm, steps), (eps, target) = rule, aim
-  options = {"num_steps": steps} if steps else {}
+  (make, norm, given), (eps, target) = rule, aim
+  options = dict(given)
   if target is not None:
     options["target"] = target
   return make(eps, norm=norm, **options)
@@ -295,9 +355,18 @@ def _start(rule, key, image, aim):
   return _build(rule, aim).init(key, image)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _step(rule, predict, aim, variables, state, batch):
-  return _build(rule, aim).step(functools.partial(predict, variables), state, batch)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _step(rule, predict, mesh, aim, variables, state, batch):
+  step = _build(rule, aim).step
+  if "axis_name" not in dict(rule[-1]):
+    return step(functools.partial(predict, variables), state, batch)
+
+  def on_each(given, batch):
+    aim, variables, state = given
+    own = functools.partial(predict, variables)
+    return _build(rule, aim).step(own, state, batch)
+
+  return sharding.data_parallel(on_each, mesh)((aim, variables, state), batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

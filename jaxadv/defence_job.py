@@ -34,7 +34,8 @@ from jaxadv import (
   trust,
   victim_job,
 )
-from jaxadv.experiments import Config, DefenceStudy, load_config
+from jaxadv.config_files import Config, load_config
+from jaxadv.experiments import DefenceStudy
 from jaxadv.progress import Progress, named, silent
 from jaxadv.victim_job import JobError
 

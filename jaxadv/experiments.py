@@ -1,4 +1,4 @@
-"""What a config builds, and how a config file is read.
+"""What a config builds.
 
 A config is a Python file with `get_config(*, quick=False)` that returns a `Recipe` (a
 victim to train), an `Experiment` (a victim and attacks), a `UniversalStudy` or a
@@ -7,13 +7,9 @@ strings that name functions. `quick=True` asks for the same experiment in its sm
 sensible form.
 """
 
-import ast
 import dataclasses
-import hashlib
 import math
-import pathlib
 import re
-import runpy
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -28,13 +24,11 @@ from jaxadv.types import AttackFn
 
 __all__ = [
   "PLAIN",
-  "Config",
   "ConfigError",
   "DefenceStudy",
   "Experiment",
   "Recipe",
   "UniversalStudy",
-  "load_config",
 ]
 
 
@@ -78,7 +72,9 @@ class Recipe:
       best one, as one-step adversarial training at times does, and always where the
       model answers NaN.
     train_steps: optimizer steps.
-    batch_size: images per optimizer step.
+    batch_size: images per optimizer step, on all devices together.
+    microbatches: parts that a batch is cut into, see `jaxadv.reduction`: the same bits
+      on any number of devices that divides them; `None` for the fast sum.
     balance: oversample rare classes until all come equally often.
     seed: of the weights, the batches, the pairs and the attacks.
     checkpoint_every: training steps between checkpoints. With validation images, each
@@ -106,6 +102,7 @@ class Recipe:
   collapse: float = math.inf
   train_steps: int = 300
   batch_size: int = 8
+  microbatches: int | None = None
   balance: bool = False
   seed: int = 0
   checkpoint_every: int = 50
@@ -113,6 +110,7 @@ class Recipe:
   def __post_init__(self) -> None:
     """Refuses numbers that cannot work."""
     _check_counts(self, "train_steps", "batch_size", "checkpoint_every")
+    _check_cut(self.batch_size, self.microbatches)
     _check_seed(self)
     if not self.data:
       raise ConfigError("`data` is empty; name at least one source.")
@@ -203,7 +201,8 @@ class UniversalStudy:
     norm_channels: `"first"` takes that norm over the first channel, see
       `threats.share_of_norm`.
     craft_steps: batches seen by each perturbation.
-    craft_batch: images per batch.
+    craft_batch: images per batch, on all devices together.
+    microbatches: as of a recipe, for the crafting.
     seed: of the batches and keys of the crafting.
     checkpoint_every: crafting steps between checkpoints.
 
@@ -222,12 +221,14 @@ class UniversalStudy:
   norm_channels: Literal["all", "first"] = "all"
   craft_steps: int = 200
   craft_batch: int = 32
+  microbatches: int | None = None
   seed: int = 0
   checkpoint_every: int = 50
 
   def __post_init__(self) -> None:
     """Refuses numbers that cannot work."""
     _check_counts(self, "craft_steps", "craft_batch", "checkpoint_every")
+    _check_cut(self.craft_batch, self.microbatches)
     _check_seed(self)
     _check_names("victims", self.victims)
     if self.perturbations or self.targeted is None:
@@ -303,55 +304,17 @@ class DefenceStudy:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """A config file that was read: what it builds, and what it says.
-
-  Attributes:
-    name: the file's name without `.py`.
-    text: the file.
-    code: its statements without comments and docstring, by which two runs are compared.
-    experiment: a `Recipe`, an `Experiment`, a `UniversalStudy` or a `DefenceStudy`.
-  """
-
-  name: str
-  text: str
-  code: str
-  experiment: Any
-
-  @property
-  def digest(self) -> str:
-    """SHA-256 of the statements, shortened."""
-    return hashlib.sha256(self.code.encode()).hexdigest()[:12]
-
-
-def load_config(path: str | pathlib.Path, *, quick: bool = False) -> Config:
-  """Reads a config file and builds its experiment.
-
-  Args:
-    path: a Python file with `get_config(*, quick=False)`, see above.
-    quick: passed on.
-
-  Returns:
-    The file and its experiment.
-
-  Raises:
-    ConfigError: when the file is missing or torn, has no `get_config`, fails, or
-      returns something else; one line that names the file.
-  """
-  path = pathlib.Path(path)
-  try:
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text, filename=str(path))
-  except (OSError, SyntaxError, ValueError) as error:
-    raise ConfigError(f"cannot read config {path}: {_brief(error)}") from error
-  return Config(path.stem, text, _code(tree), _build(path, quick))
-
-
 def _check_counts(config, *names):
   for name in names:
     if getattr(config, name) < 1:
       raise ConfigError(f"`{name}` is {getattr(config, name)}; write 1 or more.")
+
+
+def _check_cut(rows, microbatches):
+  if microbatches is not None and (microbatches < 1 or rows % microbatches):
+    raise ConfigError(
+      f"`microbatches` is {microbatches}; write a divisor of the batch, {rows}."
+    )
 
 
 def _check_seed(config):
@@ -365,31 +328,3 @@ def _check_names(field, mapping):
   for name in mapping:
     if not re.fullmatch(r"[\w+-][\w .+-]*", name):
       raise ConfigError(f"{field} has {name!r}; write letters, digits, ' ', '.+-_'.")
-
-
-def _build(path, quick):
-  try:
-    names = runpy.run_path(str(path), run_name=f"config:{path.stem}")
-    if "get_config" not in names:
-      raise ConfigError("has no get_config(*, quick=False); write one.")
-    experiment = names["get_config"](quick=quick)
-  except Exception as error:  # a config may fail in any way
-    raise ConfigError(f"config {path} failed: {_brief(error)}") from error
-  if not isinstance(experiment, Recipe | UniversalStudy | DefenceStudy):
-    raise ConfigError(
-      f"get_config in {path} returned {type(experiment).__name__}; return a "
-      "jaxadv.experiments.Recipe, Experiment, UniversalStudy or DefenceStudy."
-    )
-  return experiment
-
-
-def _brief(error):
-  where = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
-  lines = str(error).strip().splitlines() or [""]
-  return f"{where}{type(error).__name__}: {lines[0]}"
-
-
-def _code(tree):
-  if ast.get_docstring(tree) is not None:
-    tree.body = tree.body[1:]
-  return ast.unparse(tree)

@@ -34,7 +34,8 @@ from jaxadv import (
   trials,
   victim_job,
 )
-from jaxadv.experiments import Config, Experiment, load_config
+from jaxadv.config_files import Config, load_config
+from jaxadv.experiments import Experiment
 from jaxadv.progress import Progress, silent
 from jaxadv.victim_job import JobError
 

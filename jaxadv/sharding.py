@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -294,5 +295,15 @@ def gather(tree: Tree) -> Tree:
 
 
 def local(tree: Tree) -> Tree:
-  """This process's copy of what is replicated, for work that is its own."""
-  return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+  """This process's copy of what is replicated, bound to none of its devices.
+
+  Without a mesh in use, the tree as it is.
+  """
+  return tree if current() is None else jax.tree.map(_own, tree)
+
+
+def _own(leaf):
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    data = _own(jax.random.key_data(leaf))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+  return jnp.asarray(np.asarray(leaf))

@@ -19,13 +19,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxadv import assessment, checkpoints, data, records, victims
-from jaxadv.experiments import (
-  Config,
-  DefenceStudy,
-  Recipe,
-  UniversalStudy,
-  load_config,
-)
+from jaxadv.config_files import Config, load_config
+from jaxadv.experiments import DefenceStudy, Recipe, UniversalStudy
 from jaxadv.progress import Progress, named, silent
 
 __all__ = [

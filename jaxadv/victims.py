@@ -11,13 +11,22 @@ the same choice, or sees that it had collapsed.
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxadv import assessment, checkpoints, combine, data, fingerprints, loops, training
+from jaxadv import (
+  assessment,
+  checkpoints,
+  combine,
+  data,
+  fingerprints,
+  loops,
+  sharding,
+  training,
+)
 from jaxadv.assessment import SCORES, predictor
 from jaxadv.experiments import Recipe
 from jaxadv.progress import Progress, silent
@@ -95,6 +104,7 @@ def describe(
     "collapse": recipe.collapse if math.isfinite(recipe.collapse) else None,
     "train_steps": recipe.train_steps,
     "batch_size": recipe.batch_size,
+    "microbatches": recipe.microbatches,
     "balance": recipe.balance,
     "seed": recipe.seed,
     "train_data": fingerprints.dataset(dataset),
@@ -161,7 +171,7 @@ def train(
   if int(state.train.step) < recipe.train_steps and not _collapsed(recipe, state):
     with checkpoints.Saver(folder, state, settings=settings) as saver:
       state = _fit(recipe, dataset, validation, state, saver, progress)
-  return state.best or _trained(state.train)
+  return sharding.local(state.best or _trained(state.train))
 
 
 def _loss(recipe, dataset):
@@ -224,11 +234,19 @@ def _example(dataset):
 def _fit(recipe, dataset, validation, state, saver, progress):
   """From checkpoint to checkpoint, so that a choice is stored with what it is among."""
   done = int(state.train.step)
-  step = _step_of(recipe, dataset)
-  judge = functools.partial(_judge, recipe, predictor(recipe.model), validation)
-  batches = data.batches(
-    dataset, recipe.batch_size, seed=recipe.seed, start=done, balance=recipe.balance
+  mesh = sharding.fitting(recipe.batch_size, microbatches=recipe.microbatches)
+  step = _step_of(recipe, dataset, mesh)
+  judge = functools.partial(_judge, recipe, validation, mesh)
+  batches: Iterable[loops.Batch] = data.batches(
+    dataset,
+    recipe.batch_size,
+    seed=recipe.seed,
+    start=done,
+    balance=recipe.balance,
+    shard=sharding.share(),
   )
+  if mesh is not None:
+    state, batches = sharding.put(mesh, state), sharding.feed(mesh, batches)
   total, every = recipe.train_steps, recipe.checkpoint_every
   with progress("training", total, done) as advance:
     while done < total and not _collapsed(recipe, state):
@@ -241,23 +259,27 @@ def _fit(recipe, dataset, validation, state, saver, progress):
   return state
 
 
-def _step_of(recipe, dataset):
+def _step_of(recipe, dataset, mesh=None):
   """The jitted step of a recipe, one program for all seeds."""
   plain = _loss(recipe, dataset) if recipe.defence is None else None
   defended = recipe.defence, recipe.weights
-  return _step(recipe.model, recipe.optimizer, recipe.augment, plain, *defended)
+  parts = recipe.model, recipe.optimizer, recipe.augment, plain, *defended
+  return _step(*parts, recipe.microbatches, mesh)
 
 
 @functools.lru_cache(maxsize=2)
-def _step(model, optimizer, augment, loss, defence, weights):
+def _step(model, optimizer, augment, loss, defence, weights, microbatches, mesh):
   """It donates its state, whose memory the next one takes over."""
+  cut = {"augment": augment, "microbatches": microbatches}
+  if mesh is not None and microbatches:
+    cut["axis_name"] = sharding.AXIS
   apply = flax_apply(model)
   if defence is None:
-    step = training.train_step(apply, optimizer, loss, augment=augment)
+    step = training.train_step(apply, optimizer, loss, **cut)
   else:
-    step = training.adversarial_step(
-      apply, optimizer, *defence, augment=augment, weights=weights
-    )
+    step = training.adversarial_step(apply, optimizer, *defence, weights=weights, **cut)
+  if "axis_name" in cut:
+    step = sharding.data_parallel(step, mesh)
   return jax.jit(step, donate_argnums=0)
 
 
@@ -269,14 +291,14 @@ def _show(advance, best, n, state, metrics):
   advance(1, note)
 
 
-def _judge(recipe, predict, validation, best, state):
+def _judge(recipe, validation, mesh, best, state):
   """The state with its score, and the best: that state where it scores as well."""
   if best is None:
     return _State(state, None, None)
   try:
     found = assessment.assess(
-      predict,
-      _trained(state).variables,
+      predictor(recipe.model),
+      sharding.local(_trained(state).variables),
       validation,
       attack=recipe.monitor or combine.identity,
       seed=recipe.seed,
@@ -285,6 +307,7 @@ def _judge(recipe, predict, validation, best, state):
   except assessment.NotFinite:  # diverged: what was best before is still there
     score = None
   now = _trained(state, -jnp.inf if score is None else score)
+  now = now if mesh is None else sharding.put(mesh, now)
   if now.score >= best.score:  # of equal ones the later: it has learned longer
     best = jax.tree.map(jnp.copy, now)  # the step gives the memory of its state away
   return _State(state, best, now.score)
@@ -313,7 +336,7 @@ def _hashes(
     """A whole training step: views and loss are closures in it."""
     start = functools.partial(_untrained, jax.random.key(0), optimizer)
     state, batch = jax.eval_shape(start, variables), {"image": image, "label": labels}
-    step = _step(model, optimizer, augment, None, defence, weights)
+    step = _step(model, optimizer, augment, None, defence, weights, None, None)
     return fingerprints.program(step, state, batch)
 
   def show(variables, image, label):

@@ -6,7 +6,7 @@ import pathlib
 import optax
 import pytest
 
-from jaxadv import combine, experiments
+from jaxadv import combine, config_files, experiments
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 GOOD = """'''Docstring.'''
@@ -33,8 +33,8 @@ def recipes(config):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_builds_and_says_what_it_is(path):
-  full = experiments.load_config(path)
-  quick = experiments.load_config(path, quick=True)
+  full = config_files.load_config(path)
+  quick = config_files.load_config(path, quick=True)
   for small, large in zip(recipes(quick), recipes(full), strict=False):
     assert small.train_steps < large.train_steps
   assert quick.digest == full.digest
@@ -50,7 +50,7 @@ def test_comments_and_docstring_do_not_make_another_config(tmp_path):
   def digest(text):
     path = tmp_path / "config.py"
     path.write_text(text)
-    return experiments.load_config(path).digest
+    return config_files.load_config(path).digest
 
   same = GOOD.replace("Docstring", "Other words").replace("# a comment", "")
   assert digest(GOOD) == digest(same)
@@ -75,7 +75,7 @@ def test_bad_configs_are_refused_in_one_line(tmp_path, text, message):
   if text is not None:
     path.write_text(text)
   with pytest.raises(experiments.ConfigError, match=message) as caught:
-    experiments.load_config(path)
+    config_files.load_config(path)
   assert "\n" not in str(caught.value)
   assert str(path) in str(caught.value)
 

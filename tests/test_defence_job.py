@@ -17,6 +17,7 @@ import pytest
 from jaxadv import (
   analysis_job,
   cli,
+  config_files,
   defence_job,
   defence_report,
   experiments,
@@ -202,7 +203,7 @@ def test_bad_studies_are_refused_in_one_line(changes, message, pack, tmp_path, c
   ],
 )
 def test_numbers_that_cannot_work_are_refused(fields, message, pack, tmp_path):
-  study = experiments.load_config(write_config(tmp_path, pack)).experiment
+  study = config_files.load_config(write_config(tmp_path, pack)).experiment
   known = {"recipe": study.recipe, "defences": study.defences, "eps": 0.1}
   known |= {"radii": (0.1,)}
   with pytest.raises(experiments.ConfigError, match=message):

@@ -72,14 +72,17 @@ APPLICATION = {
   "assessment": LIBRARY,
   "crafting": LIBRARY | {"fingerprints"},
   "defence_job": LIBRARY
+  | {"config_files"}
   | {"defence_report", "experiments", "fingerprints", "progress", "records"}
   | {"robustness", "summaries", "trust", "victim_job"},
   "defence_report": LIBRARY | {"analysis_plots", "report", "summaries"},
+  "config_files": {"experiments"},
   "distributed": {"sharding"},
   "experiments": LIBRARY | {"robustness"},
   "fingerprints": {"data", "lazy"},
   "inspection": LIBRARY | {"analysis_plots"},
   "job": LIBRARY
+  | {"config_files"}
   | {"experiments", "progress", "records", "report", "summaries", "trials"}
   | {"assessment", "fingerprints", "victim_job"},
   "progress": set(),
@@ -93,10 +96,12 @@ APPLICATION = {
   "trials": LIBRARY | {"experiments"},
   "trust": LIBRARY | {"robustness"},
   "universal_job": LIBRARY
+  | {"config_files"}
   | {"crafting", "experiments", "progress", "records", "report", "summaries"}
   | {"fingerprints", "universal_report", "victim_job", "victims"},
   "universal_report": LIBRARY | {"report"},
   "victim_job": LIBRARY
+  | {"config_files"}
   | {"assessment", "experiments", "progress", "records", "victims"},
   "victims": LIBRARY | {"assessment", "experiments", "fingerprints", "progress"},
 }
