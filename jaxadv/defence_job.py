@@ -26,6 +26,7 @@ from jaxadv import (
   budgets,
   data,
   defence_report,
+  distributed,
   fingerprints,
   loops,
   records,
@@ -145,16 +146,21 @@ def defend(run: Run) -> dict[str, Any]:
       victim = victim_job.train(task, progress=progress)
       evaluations[name] = victim.evaluation
       _attack(run, name, victim, progress)
-    results = _results(run, evaluations, time.perf_counter() - started)
-    records.write_json(run.folder / "results.json", results)
-    page = defence_report.page(results)
-    records.write_atomically(run.folder / "report.html", page)
+    return distributed.by_first(_conclude, run, evaluations, started)
+
+
+def _conclude(run, evaluations, started):
+  """Results and report, from what is stored."""
+  results = _results(run, evaluations, time.perf_counter() - started)
+  records.write_json(run.folder / "results.json", results)
+  page = defence_report.page(results)
+  records.write_atomically(run.folder / "report.html", page)
   return results
 
 
 def _attack(run, name, victim, progress):
   """Stores the logits of one model under the attacks at every radius."""
-  missing = [eps for eps in run.study.radii if not _file(run, name, eps).exists()]
+  missing = distributed.by_first(_missing, run, name)
   if not missing:
     return
   with progress("attacking", len(missing), 0) as advance:
@@ -169,6 +175,10 @@ def _attack(run, name, victim, progress):
       np.savez(file, allow_pickle=False, **found)
       records.write_atomically(_file(run, name, eps), file.getvalue())
       advance(1, f"{255 * eps:g}/255")
+
+
+def _missing(run, name):
+  return [eps for eps in run.study.radii if not _file(run, name, eps).exists()]
 
 
 def _file(run, name, eps):

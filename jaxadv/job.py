@@ -5,7 +5,8 @@ Everything is stored under one folder, and every finished piece survives a kill:
     settings.json        what the run is; another run is refused
     victim/              checkpoints, settings and evaluation of the trained model
     images/ATTACK/*.png  the attacked images as stored, 8 bits
-    rows.csv             one row per pair and attack, appended batch by batch
+    rows.csv             one row per pair and attack, appended batch by batch; of
+                         several processes the second writes rows-0001.csv and so on
     results.json         means, intervals, paired ratios, versions, config
     gallery.png, report.html
 
@@ -27,9 +28,11 @@ import jaxadv
 from jaxadv import (
   assessment,
   data,
+  distributed,
   fingerprints,
   records,
   report,
+  sharding,
   summaries,
   trials,
   victim_job,
@@ -148,9 +151,7 @@ def attack(run: Run) -> dict[str, Any]:
     scene = _scene(run, victim)
     for name in run.experiment.attacks:
       _attack_pairs(run, scene, name)
-    results = _results(run, victim, scene, time.perf_counter() - started)
-    _write(run, victim, scene, results)
-  return results
+    return distributed.by_first(_conclude, run, victim, scene, started)
 
 
 def _check_images(test_set):
@@ -193,23 +194,38 @@ def _scene(run, victim):
 
 
 def _attack_pairs(run, scene, name):
-  """Runs one attack on every batch that lacks a row or an image."""
+  """Runs one attack on every batch that lacks a row or an image.
+
+  Of several processes each takes whole batches, and writes their rows and images.
+  """
+  process, processes = sharding.share()
+  recorded, open_batches = distributed.by_first(_open, run, scene, name)
+  if not open_batches:
+    return
+  size, mine = run.experiment.attack_batch, open_batches[process::processes]
+  todo = sum(map(len, mine))
+  total = len(scene.pairs.source) if processes == 1 else todo
+  with run.progress(name, total, total - todo) as advance:
+    program = trials.compile_attack(scene, run.experiment.attacks[name], size)
+    for numbers in mine:
+      rows, images = trials.run_batch(scene, program, numbers, size)
+      for number, image in zip(numbers, images, strict=True):
+        path = _image_path(run, name, number)
+        records.write_atomically(path, report.png(image), own=True)
+      new = [{"attack": name, **row} for row in rows if row["pair"] not in recorded]
+      records.append_rows(_rows_path(run, process), new)
+      advance(len(numbers), f"IoU {np.mean([row['iou_8bit'] for row in rows]):.3f}")
+  distributed.barrier("attacked")
+
+
+def _open(run, scene, name):
+  """Numbers of the pairs that have rows, and the batches that lack something."""
   size, total = run.experiment.attack_batch, len(scene.pairs.source)
   recorded = _recorded(run, scene, name)
   stored = {n for n in recorded if _image_path(run, name, n).exists()}
-  open_batches = [b for b in trials.batches(total, size) if not stored.issuperset(b)]
-  if not open_batches:
-    return
-  done = total - sum(map(len, open_batches))
-  with run.progress(name, total, done) as advance:
-    program = trials.compile_attack(scene, run.experiment.attacks[name], size)
-    for numbers in open_batches:
-      rows, images = trials.run_batch(scene, program, numbers, size)
-      for number, image in zip(numbers, images, strict=True):
-        records.write_atomically(_image_path(run, name, number), report.png(image))
-      new = [{"attack": name, **row} for row in rows if row["pair"] not in recorded]
-      records.append_rows(run.folder / "rows.csv", new)
-      advance(len(numbers), f"IoU {np.mean([row['iou_8bit'] for row in rows]):.3f}")
+  batches = [list(batch) for batch in trials.batches(total, size)]
+  lacking = [batch for batch in batches if not stored.issuperset(batch)]
+  return sorted(recorded), lacking
 
 
 def _recorded(run, scene, name):
@@ -228,15 +244,21 @@ def _recorded(run, scene, name):
 def _rows(run):
   """The rows as numbers, attacks in the order of the config, pairs in order."""
   order = {name: i for i, name in enumerate(run.experiment.attacks)}
-  path = run.folder / "rows.csv"
+  path = _rows_path(run, 0)
   rows = [
     {name: _number(name, value) for name, value in row.items()}
-    for row in records.read_rows(path)
+    for shard in sorted(run.folder.glob("rows*.csv"))
+    for row in records.read_rows(shard)
   ]
   unknown = sorted({row["attack"] for row in rows} - order.keys())
   if unknown:
     raise JobError(f"{path} has rows of {unknown}, not among the attacks; delete it.")
   return sorted(rows, key=lambda row: (order[row["attack"]], row["pair"]))
+
+
+def _rows_path(run, process):
+  """The file of a process: `rows.csv`, or `rows-0001.csv` and so on."""
+  return run.folder / (f"rows-{process:04d}.csv" if process else "rows.csv")
 
 
 def _number(name, value):
@@ -276,13 +298,16 @@ def _results(run, victim, scene, seconds):
   }
 
 
-def _write(run, victim, scene, results):
+def _conclude(run, victim, scene, started):
+  """Results, gallery and report, from what is stored."""
+  results = _results(run, victim, scene, time.perf_counter() - started)
   panels = list(_panels(run, victim, scene))
   gallery = report.gallery(panels)
   records.write_json(run.folder / "results.json", results)
   records.write_atomically(run.folder / "gallery.png", gallery)
   page = report.page(results, _rows(run), panels)
   records.write_atomically(run.folder / "report.html", page)
+  return results
 
 
 def _panels(run, victim, scene):

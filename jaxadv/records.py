@@ -16,6 +16,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxadv import distributed
+
 __all__ = [
   "RecordError",
   "append_rows",
@@ -33,8 +35,15 @@ class RecordError(ValueError):
   """Files of a run that cannot be continued; the message says why in one line."""
 
 
-def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
+def write_atomically(
+  path: pathlib.Path, content: bytes | str, *, own: bool = False
+) -> None:
   """Writes a whole file or nothing: into a neighbour first, then renamed over `path`.
+
+  Args:
+    path: of the file.
+    content: of all processes the same, and the first one writes it.
+    own: of this process only, which writes it.
 
   Example:
     >>> import tempfile
@@ -43,6 +52,8 @@ def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
     >>> path.read_text()
     'whole'
   """
+  if not (own or distributed.is_first()):
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   aside = path.with_name(f".{path.name}.tmp")
   with aside.open("wb") as file:
@@ -64,16 +75,8 @@ def lock(folder: pathlib.Path) -> Iterator[None]:
   Raises:
     RecordError: when another run holds it, or the folder cannot be written.
   """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
-  except OSError as error:
-    raise RecordError(f"cannot write to {folder}: {error.strerror}") from error
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise RecordError(f"another run is writing to {folder}") from error
+  with contextlib.ExitStack() as held:
+    distributed.by_first(lambda: _hold(folder, held))
     yield
 
 
@@ -87,6 +90,22 @@ def check_same_run(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
   Raises:
     RecordError: when the settings differ (saying where), or the file is torn.
   """
+  distributed.by_first(_compare, path, settings)
+
+
+def _hold(folder, held):
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = held.enter_context((folder / ".lock").open("w"))
+  except OSError as error:
+    raise RecordError(f"cannot write to {folder}: {error.strerror}") from error
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise RecordError(f"another run is writing to {folder}") from error
+
+
+def _compare(path, settings):
   if not path.exists():
     write_json(path, dict(settings))
     return

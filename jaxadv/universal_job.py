@@ -34,6 +34,7 @@ from jaxadv import (
   checkpoints,
   crafting,
   data,
+  distributed,
   fingerprints,
   outcomes,
   records,
@@ -180,10 +181,15 @@ def craft(run: Run) -> dict[str, Any]:
       for cell in _cells(run, name):
         if not _is_done(run, cell):
           _craft_cell(run, attacked, cell)
-    results = _results(run, evaluations, time.perf_counter() - started)
-    page = universal_report.page(results, list(_exhibits(run)))
-    records.write_json(run.folder / "results.json", results)
-    records.write_atomically(run.folder / "report.html", page)
+    return distributed.by_first(_conclude, run, evaluations, started)
+
+
+def _conclude(run, evaluations, started):
+  """Results and report, from what is stored."""
+  results = _results(run, evaluations, time.perf_counter() - started)
+  page = universal_report.page(results, list(_exhibits(run)))
+  records.write_json(run.folder / "results.json", results)
+  records.write_atomically(run.folder / "report.html", page)
   return results
 
 
@@ -274,7 +280,7 @@ def _cells(run: Run, victim: str) -> Iterator[Cell]:
 def _measure_per_image(run, subject, victim, share):
   """What attacks on single images reach, once per victim and share."""
   file = _folder(run, Cell(victim, share, "")) / "per_image.json"
-  if not file.exists():
+  if not distributed.by_first(file.exists):
     eps = radius(run, share)
     rate = crafting.per_image(subject, eps, norm=run.study.norm)
     records.write_json(file, {"eps": eps, "fooling": rate})
@@ -336,7 +342,7 @@ def _folder(run, cell):
 
 
 def _is_done(run, cell):
-  return (_folder(run, cell) / "outcome.json").exists()
+  return distributed.by_first((_folder(run, cell) / "outcome.json").exists)
 
 
 def _record(run, cell):

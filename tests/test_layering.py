@@ -72,7 +72,7 @@ APPLICATION = {
   "assessment": LIBRARY,
   "crafting": LIBRARY | {"fingerprints"},
   "defence_job": LIBRARY
-  | {"config_files"}
+  | {"config_files", "distributed"}
   | {"defence_report", "experiments", "fingerprints", "progress", "records"}
   | {"robustness", "summaries", "trust", "victim_job"},
   "defence_report": LIBRARY | {"analysis_plots", "report", "summaries"},
@@ -82,7 +82,7 @@ APPLICATION = {
   "fingerprints": {"data", "lazy"},
   "inspection": LIBRARY | {"analysis_plots"},
   "job": LIBRARY
-  | {"config_files"}
+  | {"config_files", "distributed"}
   | {"experiments", "progress", "records", "report", "summaries", "trials"}
   | {"assessment", "fingerprints", "victim_job"},
   "progress": set(),
@@ -96,7 +96,7 @@ APPLICATION = {
   "trials": LIBRARY | {"experiments"},
   "trust": LIBRARY | {"robustness"},
   "universal_job": LIBRARY
-  | {"config_files"}
+  | {"config_files", "distributed"}
   | {"crafting", "experiments", "progress", "records", "report", "summaries"}
   | {"fingerprints", "universal_report", "victim_job", "victims"},
   "universal_report": LIBRARY | {"report"},

@@ -1,0 +1,139 @@
+"""Several processes, one run: each runs the same program, the first writes.
+
+What is read from a folder while the run goes on is read by the first process, and told
+to the others, so that no two decide differently.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxadv import sharding
+
+__all__ = [
+  "RefusedElsewhere",
+  "barrier",
+  "by_first",
+  "is_first",
+  "mesh",
+  "start",
+  "wanted",
+]
+
+
+class RefusedElsewhere(ValueError):
+  """The first process refused to go on, and has said why."""
+
+
+def wanted() -> bool:
+  """Whether the environment says that this is one process of several.
+
+  `$JAX_NUM_PROCESSES` above one, or the hosts of a TPU pod slice.
+  """
+  hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+  return int(os.environ.get("JAX_NUM_PROCESSES", "1")) > 1 or "," in hosts
+
+
+def start() -> None:
+  """Joins the other processes of the run; before anything is computed.
+
+  On TPU pods, Slurm and Open MPI JAX finds the others itself; elsewhere it is told by
+  `$JAX_COORDINATOR_ADDRESS` (`host:port` of the first process), `$JAX_NUM_PROCESSES`
+  and `$JAX_PROCESS_ID`.
+
+  Raises:
+    ValueError: where the others cannot be found.
+  """
+  number = lambda name: int(os.environ[name]) if name in os.environ else None
+  jax.distributed.initialize(
+    num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
+  )
+
+
+def mesh(devices: int | None = None) -> Mesh:
+  """The devices that a command works on.
+
+  Args:
+    devices: of each process; by default all, but of CPUs one, as several are a
+      simulation that shares the same cores.
+
+  Returns:
+    A mesh over all processes.
+
+  Raises:
+    ValueError: for more devices than there are.
+
+  Example:
+    >>> mesh().size, mesh(2).size
+    (1, 2)
+  """
+  own = len(jax.local_devices())
+  count = devices or (1 if jax.default_backend() == "cpu" else own)
+  if count > own:
+    raise ValueError(f"this process has {own} devices, not {count}.")
+  chosen = [
+    device
+    for process in range(jax.process_count())
+    for device in [d for d in jax.devices() if d.process_index == process][:count]
+  ]
+  return sharding.mesh(chosen)
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes are here."""
+  multihost_utils.sync_global_devices(name)
+
+
+def is_first() -> bool:
+  """Whether this process writes files and speaks to the user."""
+  return jax.process_index() == 0
+
+
+def by_first(function: Callable[..., Any], *arguments: Any) -> Any:
+  """What `function` returns in the first process, in all of them.
+
+  Args:
+    function: called there only, and without a mesh in use.
+    *arguments: of it.
+
+  Returns:
+    A JSON value.
+
+  Raises:
+    RefusedElsewhere: in the other processes, for an `OSError` or `ValueError` in the
+      first.
+
+  Example:
+    >>> by_first(max, 2, 3)
+    3
+  """
+  if jax.process_count() == 1:
+    return function(*arguments)
+  said: dict[str, Any] = {}
+  refusal = None
+  if is_first():
+    try:
+      with sharding.use(None):  # the others do not take part
+        said = {"value": function(*arguments)}
+    except (OSError, ValueError) as error:
+      refusal = error
+  heard = _told(said)
+  if refusal is not None:
+    raise refusal
+  if "value" not in heard:
+    raise RefusedElsewhere("the first process refused to go on; it says why.")
+  return heard["value"]
+
+
+def _told(said):
+  """What the first process says, in every process."""
+  words = np.frombuffer(json.dumps(said).encode(), np.uint8)
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(words))))
+  sent = np.resize(words, length)  # only its length matters elsewhere
+  return json.loads(bytes(multihost_utils.broadcast_one_to_all(sent)).decode())
