@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import attacks, checkpoints, data, fingerprints, loops, outcomes, threats
+from jaxadv import (
+  attacks,
+  checkpoints,
+  data,
+  fingerprints,
+  loops,
+  outcomes,
+  preemption,
+  threats,
+)
 from jaxadv.engine import Universal
 from jaxadv.types import Array, Perturbation, call
 
@@ -135,6 +144,7 @@ def craft(
     The state after the last step.
 
   Raises:
+    Preempted: when asked to stop, after a checkpoint.
     SaveError: when a checkpoint cannot be written.
     ValueError: when all checkpoints are torn, or are of other settings.
   """
@@ -157,8 +167,11 @@ def craft(
     n += done
     if on_step is not None:
       on_step(n, state, metrics)
-    if saver and (n % plan.checkpoint_every == 0 or n == plan.steps):
+    stop = preemption.requested()
+    if saver and (stop or n % plan.checkpoint_every == 0 or n == plan.steps):
       saver.save(state, step=n)
+    if stop:
+      raise preemption.Preempted
 
   batches = stream(subject.train, plan, start=done)
   with saving as saver:
@@ -240,9 +253,16 @@ def per_image(subject: Subject, eps: float, *, norm: Norm) -> float:
 
   Returns:
     A fooling rate.
+
+  Raises:
+    Preempted: when asked to stop.
   """
   fool = functools.partial(_fool, subject.predict, norm, subject.variables, eps)
-  call = lambda batch, before: fool(data.as_float(batch), before)
+
+  def call(batch, before):
+    preemption.check()
+    return fool(data.as_float(batch), before)
+
   images, before = subject.test.dataset.images, subject.test.before
   after = _checked(loops.over_batches(call, images, before, size=64))
   return float(np.mean(after != before))

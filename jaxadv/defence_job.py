@@ -27,6 +27,7 @@ from jaxadv import (
   data,
   defence_report,
   fingerprints,
+  preemption,
   records,
   robustness,
   summaries,
@@ -166,6 +167,7 @@ def _attack(run, name, victim, progress):
       file = io.BytesIO()
       np.savez(file, allow_pickle=False, **found)
       records.write_atomically(_file(run, name, eps), file.getvalue())
+      preemption.check()
       advance(1, f"{255 * eps:g}/255")
 
 

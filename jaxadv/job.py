@@ -28,6 +28,7 @@ from jaxadv import (
   assessment,
   data,
   fingerprints,
+  preemption,
   records,
   report,
   summaries,
@@ -208,6 +209,7 @@ def _attack_pairs(run, scene, name):
         records.write_atomically(_image_path(run, name, number), report.png(image))
       new = [{"attack": name, **row} for row in rows if row["pair"] not in recorded]
       records.append_rows(run.folder / "rows.csv", new)
+      preemption.check()
       advance(len(numbers), f"IoU {np.mean([row['iou_8bit'] for row in rows]):.3f}")
 
 

@@ -44,6 +44,7 @@ ALLOWED = {
   "free_training": {"types", "inputs", "training"},
   "generative": {"types", "inputs", "targets", "threats", "combine", "training"},
   "augment": {"types", "training"},
+  "preemption": set(),
   "loops": {"types"},
   "manifests": {"jaxadv"},
   "checkpoints": {"manifests"},
@@ -61,6 +62,7 @@ APPLICATION = {
   "__main__": {"cli"},
   "analysis_plots": {"analysis"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
+  | {"checkpoints", "preemption"}
   | {"job", "universal_job", "universal_report", "victim_job"}
   | {"analysis_job", "defence_job", "defence_report"},
   "analysis_job": LIBRARY
