@@ -35,6 +35,7 @@ State = TypeVar("State")
 PathLike = str | os.PathLike[str]
 
 _log = logging.getLogger(__name__)
+_OVERHEAD = 2**20  # bytes of Orbax's own files, and more
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -84,7 +85,8 @@ class Saver(contextlib.AbstractContextManager):
     _check_room(self._directory, _size(like), keep)
     self._orbax = ocp.StandardCheckpointer()
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
-    self._pending: tuple[int, concurrent.futures.Future] | None = None
+    self._pending: concurrent.futures.Future | None = None
+    self._step = 0  # of the last save
 
   def save(self, state: Any, *, step: int) -> None:
     """Copies `state`, to be written as step `step`; then all but the newest go.
@@ -100,13 +102,14 @@ class Saver(contextlib.AbstractContextManager):
     if step < 0:
       raise ValueError(f"`step` is {step}; write 0 or more.")
     self.wait()
+    self._step = step
     aside = self._directory / "unfinished"
     if jax.process_index() == 0:  # the others wait for it inside Orbax
       shutil.rmtree(aside, ignore_errors=True)
     with self._explained(step):
       self._orbax.save(aside / "state", state)
-    done = self._thread.submit(self._finish, aside, step, manifests.leaves(state))
-    self._pending = step, done
+    leaves = manifests.leaves(state)
+    self._pending = self._thread.submit(self._finish, aside, step, leaves)
 
   def wait(self) -> None:
     """Returns when what was saved is on disk.
@@ -116,11 +119,11 @@ class Saver(contextlib.AbstractContextManager):
     """
     if self._pending is None:
       return
-    (step, done), self._pending = self._pending, None
-    with self._explained(step):
-      done.result()
+    pending, self._pending = self._pending, None
+    with self._explained(self._step):
+      pending.result()
     if jax.process_count() > 1:  # process 0 may rename after the others are done
-      multihost_utils.sync_global_devices(f"saved {step}")
+      multihost_utils.sync_global_devices(f"saved {self._step}")
 
   def __exit__(self, *error: object) -> None:
     """Waits for the last save."""
@@ -128,7 +131,8 @@ class Saver(contextlib.AbstractContextManager):
       self.wait()
     finally:
       self._thread.shutdown()
-      self._orbax.close()
+      with self._explained(self._step):  # Orbax may raise a second time
+        self._orbax.close()
 
   def _finish(self, aside, step, leaves):
     self._orbax.wait_until_finished()
@@ -319,7 +323,7 @@ def _check_room(directory, size, keep):
   except OSError as error:
     raise SaveError(f"cannot write to {directory}: {error.strerror}") from error
   # One more than is kept, while it is written.
-  need = size * max(1, keep + 1 - len(_steps(directory)))
+  need = (size + _OVERHEAD) * max(1, keep + 1 - len(_steps(directory)))
   if free < need:
     raise SaveError(
       f"{directory} has {free / 1e6:.1f} MB free; checkpoints need {need / 1e6:.1f} MB."

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -30,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: words after the program's name; those of the process by default.
 
   Returns:
-    0 when the command did its work; 2, after one line on stderr, for bad input.
+    0 when the command did its work; 2, after one line on stderr, for bad input and for
+    a disk that cannot be written; 143 or 130 when it was stopped by SIGTERM or SIGINT
+    and has stored what the same command goes on from.
 
   Example:
     >>> main(["attack", "no-such-config.py"])
@@ -41,15 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if missing:
     return _refuse(f"{', '.join(missing)} missing; run: pip install 'jaxadv[report]'")
   # Imported late: a misspelt option should not wait for jax.
-  from jaxadv import experiments, job, records
+  from jaxadv import checkpoints, experiments, job, preemption, records
 
+  # What goes wrong in a save is raised, and told in one line.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   refused = (experiments.ConfigError, job.JobError, records.RecordError)
   try:
     commands = {"attack": _attack, "uap": _uap, "defend": _defend}
     commands |= {"analyse": _analyse, "train": _train}
-    return commands[options.command](options)
-  except refused as error:
+    with preemption.watch():
+      return commands[options.command](options)
+  except (*refused, checkpoints.SaveError) as error:
     return _refuse(str(error))
+  except preemption.Preempted as stop:
+    _refuse(str(stop))
+    return stop.status
 
 
 def _attack(options):

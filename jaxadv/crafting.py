@@ -22,6 +22,7 @@ from jaxadv import (
   fingerprints,
   loops,
   outcomes,
+  preemption,
   sharding,
   threats,
 )
@@ -149,6 +150,7 @@ def craft(
     The state after the last step.
 
   Raises:
+    Preempted: when asked to stop, after a checkpoint.
     SaveError: when a checkpoint cannot be written.
     ValueError: when all checkpoints are torn, or are of other settings.
   """
@@ -178,8 +180,11 @@ def craft(
     n += done
     if on_step is not None:
       on_step(n, state, metrics)
-    if saver and (n % plan.checkpoint_every == 0 or n == plan.steps):
+    stop = preemption.requested()
+    if saver and (stop or n % plan.checkpoint_every == 0 or n == plan.steps):
       saver.save(state, step=n)
+    if stop:
+      raise preemption.Preempted
 
   with saving as saver:
     state = loops.fit(step, state, batches, num_steps=plan.steps - done, on_step=after)
@@ -261,9 +266,16 @@ def per_image(subject: Subject, eps: float, *, norm: Norm) -> float:
 
   Returns:
     A fooling rate.
+
+  Raises:
+    Preempted: when asked to stop.
   """
   fool = functools.partial(_fool, subject.predict, norm, subject.variables, eps)
-  call = lambda batch, before: fool(data.as_float(batch), before)
+
+  def call(batch, before):
+    preemption.check()
+    return fool(data.as_float(batch), before)
+
   images, before = subject.test.dataset.images, subject.test.before
   after = _checked(loops.over_batches(call, images, before, size=64))
   return float(np.mean(after != before))

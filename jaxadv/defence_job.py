@@ -29,6 +29,7 @@ from jaxadv import (
   distributed,
   fingerprints,
   loops,
+  preemption,
   records,
   robustness,
   summaries,
@@ -174,6 +175,7 @@ def _attack(run, name, victim, progress):
       file = io.BytesIO()
       np.savez(file, allow_pickle=False, **found)
       records.write_atomically(_file(run, name, eps), file.getvalue())
+      preemption.check()
       advance(1, f"{255 * eps:g}/255")
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import analysis, analysis_plots, attacks, data, loops
+from jaxadv import analysis, analysis_plots, attacks, data, loops, preemption
 from jaxadv.types import call
 
 __all__ = ["Picture", "Subject", "distances", "look", "subject"]
@@ -258,6 +258,7 @@ def _mean(values):
 
 def _batched(function, seen, name, *arrays):
   """What a compiled function below makes of all images."""
+  preemption.check()
   function = functools.partial(function, seen.predict, name, seen.variables)
   return loops.over_batches(function, *arrays, size=_BATCH)
 

@@ -30,6 +30,7 @@ from jaxadv import (
   data,
   distributed,
   fingerprints,
+  preemption,
   records,
   report,
   sharding,
@@ -202,20 +203,27 @@ def _attack_pairs(run, scene, name):
   recorded, open_batches = distributed.by_first(_open, run, scene, name)
   if not open_batches:
     return
-  size, mine = run.experiment.attack_batch, open_batches[process::processes]
-  todo = sum(map(len, mine))
-  total = len(scene.pairs.source) if processes == 1 else todo
-  with run.progress(name, total, total - todo) as advance:
+  size, total = run.experiment.attack_batch, len(scene.pairs.source)
+  done = total - sum(map(len, open_batches))
+  with run.progress(name, total, done) as advance:
     program = trials.compile_attack(scene, run.experiment.attacks[name], size)
-    for numbers in mine:
-      rows, images = trials.run_batch(scene, program, numbers, size)
-      for number, image in zip(numbers, images, strict=True):
-        path = _image_path(run, name, number)
-        records.write_atomically(path, report.png(image), own=True)
-      new = [{"attack": name, **row} for row in rows if row["pair"] not in recorded]
-      records.append_rows(_rows_path(run, process), new)
-      advance(len(numbers), f"IoU {np.mean([row['iou_8bit'] for row in rows]):.3f}")
+    for first in range(0, len(open_batches), processes):
+      turn, note = open_batches[first : first + processes], ""
+      for numbers in turn[process : process + 1]:
+        rows, images = trials.run_batch(scene, program, numbers, size)
+        _store(run, name, numbers, images)
+        new = [{"attack": name, **row} for row in rows if row["pair"] not in recorded]
+        records.append_rows(_rows_path(run, process), new)
+        note = f"IoU {np.mean([row['iou_8bit'] for row in rows]):.3f}"
+      preemption.check()
+      advance(sum(map(len, turn)), note)
   distributed.barrier("attacked")
+
+
+def _store(run, name, numbers, images):
+  for number, image in zip(numbers, images, strict=True):
+    path = _image_path(run, name, number)
+    records.write_atomically(path, report.png(image), own=True)
 
 
 def _open(run, scene, name):

@@ -45,6 +45,9 @@ def write_atomically(
     content: of all processes the same, and the first one writes it.
     own: of this process only, which writes it.
 
+  Raises:
+    RecordError: when the disk is full or cannot be written.
+
   Example:
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "a" / "b.txt"
@@ -54,13 +57,14 @@ def write_atomically(
   """
   if not (own or distributed.is_first()):
     return
-  path.parent.mkdir(parents=True, exist_ok=True)
   aside = path.with_name(f".{path.name}.tmp")
-  with aside.open("wb") as file:
-    file.write(content.encode() if isinstance(content, str) else content)
-    file.flush()
-    os.fsync(file.fileno())
-  aside.replace(path)
+  with _written(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with aside.open("wb") as file:
+      file.write(content.encode() if isinstance(content, str) else content)
+      file.flush()
+      os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -166,7 +170,7 @@ def append_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:
   Floats keep the nine digits that identify a float32.
 
   Raises:
-    RecordError: when the file has other columns.
+    RecordError: when the file has other columns, or cannot be written.
 
   Example:
     >>> import tempfile
@@ -187,10 +191,21 @@ def append_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:
     raise RecordError(f"{path} has other columns ({', '.join(header)}); delete it.")
   for row in rows:
     writer.writerow({name: _text(value) for name, value in row.items()})
-  with path.open("ab") as file:
+  with _written(path), path.open("ab") as file:
     file.write(text.getvalue().encode())
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _written(path):
+  """A full disk in one line; half a row is cut off when the rows are read again."""
+  try:
+    yield
+  except OSError as error:
+    raise RecordError(
+      f"cannot write {path}: {error.strerror}; what is finished is kept."
+    ) from error
 
 
 def _header(path):

@@ -22,6 +22,7 @@ from jaxadv import (
   loops,
   losses,
   metrics,
+  preemption,
   scores,
   summaries,
 )
@@ -141,6 +142,7 @@ def measure(
     traced |= {"seed": jnp.int32(seed), "number": jnp.int32(number)}
 
     def attacked(images, label, ids):
+      preemption.check()
       batch = {"image": data.as_float(images), "label": label, "id": ids}
       return _attacked(predict, program, num_steps, traced | batch)
 

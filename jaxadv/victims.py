@@ -24,6 +24,7 @@ from jaxadv import (
   data,
   fingerprints,
   loops,
+  preemption,
   sharding,
   training,
 )
@@ -158,6 +159,7 @@ def train(
     The best checkpoint; the last one without validation images.
 
   Raises:
+    Preempted: when asked to stop, after a checkpoint.
     SaveError: when a checkpoint cannot be written.
     ValueError: when all checkpoints are torn, or are of another model; with
       `recipe.balance`, for labels that cannot be balanced.
@@ -251,11 +253,19 @@ def _fit(recipe, dataset, validation, state, saver, progress):
   with progress("training", total, done) as advance:
     while done < total and not _collapsed(recipe, state):
       count = min(every - done % every, total - done)
-      on_step = functools.partial(_show, advance, state.best)
+
+      def on_step(n, last, metrics, state=state, done=done, count=count):
+        _show(advance, state.best, metrics)
+        if n < count and preemption.requested():
+          # Not judged: only what an undisturbed run judges is a candidate.
+          saver.save(state._replace(train=last), step=done + n)
+          raise preemption.Preempted
+
       last = loops.fit(step, state.train, batches, num_steps=count, on_step=on_step)
       state = judge(state.best, last)
       done += count
       saver.save(state, step=done)
+      preemption.check()
   return state
 
 
@@ -283,8 +293,7 @@ def _step(model, optimizer, augment, loss, defence, weights, microbatches, mesh)
   return jax.jit(step, donate_argnums=0)
 
 
-def _show(advance, best, n, state, metrics):
-  del n, state
+def _show(advance, best, metrics):
   note = f"loss {float(metrics['loss']):.3f}"
   if best is not None and best.step:
     note += f", best {float(best.score):.3f} at {int(best.step)}"

@@ -48,6 +48,7 @@ ALLOWED = {
   "augment": {"types", "training"},
   "loops": {"types", "sharding"},
   "sharding": set(),
+  "preemption": set(),
   "manifests": {"jaxadv"},
   "checkpoints": {"manifests"},
   "metrics": GROUND | {"types"},
@@ -64,6 +65,7 @@ APPLICATION = {
   "__main__": {"cli"},
   "analysis_plots": {"analysis"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
+  | {"checkpoints", "preemption"}
   | {"job", "universal_job", "universal_report", "victim_job"}
   | {"analysis_job", "defence_job", "defence_report"},
   "analysis_job": LIBRARY
