@@ -25,11 +25,11 @@ import optax
 
 from jaxadv import (
   attacks,
-  crafting,
   outcomes,
   progress,
   records,
   retraining,
+  subjects,
   universal_job,
   victims,
 )
@@ -107,7 +107,7 @@ def _measured(run, subject, arm, schedule, options):
   ):
     first = done.delta if first is None else first
     tables = {
-      view: crafting.measure(done.subject, delta)["test"]["stored"]
+      view: subjects.measure(done.subject, delta)["test"]["stored"]
       for view, delta in (("fresh", done.delta), ("first", first), ("sign", sign))
     }
     rates = {view: outcomes.rates(np.asarray(table)) for view, table in tables.items()}

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxadv import crafting, outcomes, progress, universal_job
+from jaxadv import crafting, outcomes, progress, subjects, universal_job
 
 EVERY = 5  # steps between two looks
 
@@ -74,7 +74,7 @@ def _measured(run, subject, plan, options):
 
 def _success(subject, plan, delta):
   images = subject.test.dataset.images
-  after = crafting.decisions(
+  after = subjects.decisions(
     subject.predict, subject.variables, images, delta, view="stored"
   )
   hit = after != subject.test.before if plan.target is None else after == plan.target

@@ -17,6 +17,7 @@ _OVERRIDES = {
   "--train-batch": ("batch_size", "images per training step"),
   "--pairs": ("num_pairs", "pairs to attack"),
   "--batch": ("attack_batch", "pairs attacked at once"),
+  "--microbatches": ("microbatches", "parts of a training or crafting batch"),
   "--seed": ("seed", "seed of weights, batches, pairs and attacks"),
   "--gallery": ("gallery", "pairs shown per attack"),
 }
@@ -44,7 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if missing:
     return _refuse(f"{', '.join(missing)} missing; run: pip install 'jaxadv[report]'")
   # Imported late: a misspelt option should not wait for jax.
-  from jaxadv import checkpoints, experiments, job, preemption, records
+  from jaxadv import (
+    checkpoints,
+    distributed,
+    experiments,
+    job,
+    preemption,
+    records,
+    sharding,
+  )
 
   # What goes wrong in a save is raised, and told in one line.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -52,9 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     commands = {"attack": _attack, "uap": _uap, "defend": _defend}
     commands |= {"analyse": _analyse, "train": _train}
-    with preemption.watch():
+    if options.distributed or distributed.wanted():
+      distributed.start()
+    mesh = distributed.mesh(options.devices)
+    with preemption.watch(), sharding.use(mesh), distributed.one_speaks():
       return commands[options.command](options)
-  except (*refused, checkpoints.SaveError) as error:
+  except (*refused, checkpoints.SaveError, distributed.Refused) as error:
     return _refuse(str(error))
   except preemption.Preempted as stop:
     _refuse(str(stop))
@@ -123,8 +135,14 @@ def _settings(options):
     "source": options.data,
     "out": options.out,
     "overrides": _overrides(options),
-    "progress": progress.terminal if options.progress else progress.silent,
+    "progress": progress.terminal if _watched(options) else progress.silent,
   }
+
+
+def _watched(options):
+  from jaxadv import distributed
+
+  return options.progress and distributed.is_first()
 
 
 def _show(heads, lines):
@@ -192,6 +210,12 @@ def _add_options(command):
   )
   command.add_argument(
     "--no-progress", dest="progress", action="store_false", help="no progress lines"
+  )
+  command.add_argument(
+    "--distributed", action="store_true", help="join the other processes of the run"
+  )
+  command.add_argument(
+    "--devices", type=int, metavar="N", help="of each process [all; of CPUs one]"
   )
   for option, (field, meaning) in _OVERRIDES.items():
     command.add_argument(option, dest=field, type=int, metavar="N", help=meaning)

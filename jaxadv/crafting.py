@@ -1,4 +1,4 @@
-"""One universal perturbation against one victim: crafted batch by batch, then measured.
+"""One universal perturbation against one victim, crafted batch by batch.
 
 The radius is an argument of the compiled step, so all radii share one compilation. The
 state is the checkpoint and a batch is a function of its position, so a run that was
@@ -9,83 +9,25 @@ import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxadv import (
-  attacks,
   checkpoints,
   data,
   fingerprints,
   loops,
-  outcomes,
   preemption,
   sharding,
-  threats,
 )
 from jaxadv.engine import Universal
-from jaxadv.lazy import Rows
-from jaxadv.types import Array, Perturbation, call
+from jaxadv.subjects import Norm, Part, Subject
+from jaxadv.types import Perturbation
 
-__all__ = [
-  "VIEWS",
-  "Part",
-  "Plan",
-  "Subject",
-  "build",
-  "craft",
-  "decisions",
-  "measure",
-  "per_image",
-  "program",
-  "radius",
-  "stream",
-  "subject",
-]
-
-# (variables, images) -> (logits, features)
-Predict = Callable[[Any, Array], Any]
-Norm = Literal["linf", "l2"]
-# How the perturbed image is shown to the victim.
-VIEWS = {
-  "clipped": threats.box(),
-  "stored": threats.stored(threats.box()),
-  "unclipped": threats.box(bounds=(-jnp.inf, jnp.inf)),
-}
-
-
-class Part(NamedTuple):
-  """Images of one split, and what the victim says of them.
-
-  Attributes:
-    dataset: images and true classes.
-    before: `(N,)` int32, decisions on the clean images.
-  """
-
-  dataset: data.Dataset
-  before: np.ndarray
-
-
-class Subject(NamedTuple):
-  """A trained victim.
-
-  Attributes:
-    predict: `(variables, images) -> (logits, features)`.
-    variables: of the Flax module.
-    train: what perturbations are crafted on.
-    seen: of those, about as many as `test` has, of every class its share: judging all
-      of them can take longer than crafting.
-    test: what perturbations have not seen.
-  """
-
-  predict: Predict
-  variables: Any
-  train: Part
-  seen: Part
-  test: Part
+__all__ = ["Plan", "build", "craft", "program", "stream"]
 
 
 class Plan(NamedTuple):
@@ -112,19 +54,6 @@ class Plan(NamedTuple):
   seed: int
   checkpoint_every: int
   microbatches: int | None = None
-
-
-def subject(
-  predict: Predict, variables: Any, train: data.Dataset, test: data.Dataset
-) -> Subject:
-  """A victim with its decisions on the clean images."""
-  nothing = jnp.zeros(train.images.shape[1:])
-
-  def part(dataset):
-    return Part(dataset, decisions(predict, variables, dataset.images, nothing))
-
-  seen = _share(train, len(test.images))
-  return Subject(predict, variables, part(train), part(seen), part(test))
 
 
 def craft(
@@ -217,84 +146,6 @@ def program(plan: Plan, dataset: data.Dataset, outputs: Any) -> str:
   return f"{plan.steps} steps of {fingerprints.program(step, 0.1)}"
 
 
-def decisions(
-  predict: Predict,
-  variables: Any,
-  images: np.ndarray,
-  delta: Array,
-  *,
-  view: str = "clipped",
-  batch_size: int = 64,
-) -> np.ndarray:
-  """`(N,)` int32: what the victim decides on `images + delta`, in batches.
-
-  Args:
-    predict: of the victim.
-    variables: of the victim.
-    images: `(N, ..., C)` uint8 or float32 in [0, 1].
-    delta: `(..., C)`.
-    view: one of `VIEWS`.
-    batch_size: images per model call; the last batch is filled up.
-
-  Raises:
-    ValueError: where logits are not finite.
-  """
-  decide = functools.partial(_decide, predict, VIEWS[view], variables, delta)
-  call = lambda batch: decide(data.as_float(batch))
-  return _checked(loops.over_batches(call, images, size=batch_size))
-
-
-def measure(subject: Subject, delta: Array) -> dict[str, dict[str, np.ndarray]]:
-  """Split -> view -> table of `jaxadv.outcomes.count`."""
-  return {
-    name: {view: _table(subject, part, delta, view) for view in VIEWS}
-    for name, part in (("train", subject.seen), ("test", subject.test))
-  }
-
-
-def per_image(subject: Subject, eps: float, *, norm: Norm) -> float:
-  """Share of test images that PGD fools, each with a perturbation of its own.
-
-  What a universal perturbation of that radius can hope for, and seldom reaches. 20
-  steps of a quarter of the radius, from the clean image; the best of them counts, on
-  images as stored in 8 bits.
-
-  Args:
-    subject: the victim.
-    eps: radius.
-    norm: of the ball.
-
-  Returns:
-    A fooling rate.
-
-  Raises:
-    Preempted: when asked to stop.
-  """
-  fool = functools.partial(_fool, subject.predict, norm, subject.variables, eps)
-
-  def call(batch, before):
-    preemption.check()
-    return fool(data.as_float(batch), before)
-
-  images, before = subject.test.dataset.images, subject.test.before
-  after = _checked(loops.over_batches(call, images, before, size=64))
-  return float(np.mean(after != before))
-
-
-def radius(images: Any, share: float, norm: Norm, channels: str = "all") -> float:
-  """The radius of a share of the mean norm of images, in memory or lazy.
-
-  Args:
-    images: `(N, ..., C)` uint8 or float32 in [0, 1].
-    share: of that norm, above 0.
-    norm: of the ball.
-    channels: as `norm_channels` of `threats.share_of_norm`.
-  """
-  if isinstance(images, Rows):
-    return share * _mean_norm(images, norm, channels)
-  return _share_of_norm(images, share, norm, channels)
-
-
 def stream(
   part: Part, plan: Plan, *, start: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -312,31 +163,6 @@ def _describe(plan, eps):
   """What a checkpoint is of; the program is described by the caller's settings."""
   fields = {"eps": float(eps), **plan._asdict()}
   return {k: v for k, v in fields.items() if k not in ("make", "checkpoint_every")}
-
-
-@functools.lru_cache(maxsize=1)
-def _mean_norm(images, *norm):
-  """The mean norm of images on disk, which are gone through once per process."""
-  parts = (images[n : n + 256] for n in range(0, len(images), 256))
-  return sum(len(part) * _share_of_norm(part, 1, *norm) for part in parts) / len(images)
-
-
-def _share_of_norm(images, share, norm, channels):
-  pixels = jnp.asarray(data.as_float(images))
-  return threats.share_of_norm(pixels, share, norm=norm, norm_channels=channels)
-
-
-def _share(dataset, size):
-  """A share of every class, about `size` images in all; all of them if not more."""
-  total = len(dataset.images)
-  return dataset if total <= size else data.hold_out(dataset, size / total)[1]
-
-
-def _table(subject, part, delta, view):
-  images, classes = part.dataset.images, len(part.dataset.class_names)
-  after = decisions(subject.predict, subject.variables, images, delta, view=view)
-  truth = part.dataset.labels
-  return np.asarray(outcomes.count(truth, part.before, after, num_classes=classes))
 
 
 def build(plan: Plan, eps: Any) -> Universal:
@@ -379,33 +205,3 @@ def _step(rule, predict, mesh, aim, variables, state, batch):
     return _build(rule, aim).step(own, state, batch)
 
   return sharding.data_parallel(on_each, mesh)((aim, variables, state), batch)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decide(predict, view, variables, delta, images):
-  image = jax.vmap(view.apply, (0, None))(images, delta)
-  return _decision(call(functools.partial(predict, variables), image)[0])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _fool(predict, norm, variables, eps, images, before):
-  own = functools.partial(predict, variables)
-  steps = {"step_size": eps / 4, "num_steps": 20, "random_start": False}
-  pgd = attacks.pgd(eps, norm=norm, keep="best", **steps)
-  moved = pgd(jax.random.key(0), own, images, before).delta
-  return _decision(call(own, jax.vmap(VIEWS["stored"].apply)(images, moved))[0])
-
-
-def _decision(logits):
-  """The class, or -1 where a logit is not finite and there is no decision."""
-  return jnp.where(jnp.isfinite(logits).all(-1), jnp.argmax(logits, -1), -1)
-
-
-def _checked(decided):
-  undecided = int((decided < 0).sum())
-  if undecided:
-    raise ValueError(
-      f"on {undecided} of {len(decided)} images the victim's logits are not finite; "
-      "there is nothing to fool. Train it anew, with a smaller learning rate."
-    )
-  return decided

@@ -4,9 +4,10 @@ What is read from a folder while the run goes on is read by the first process, a
 to the others, so that no two decide differently.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,18 +18,19 @@ from jax.sharding import Mesh
 from jaxadv import sharding
 
 __all__ = [
-  "RefusedElsewhere",
+  "Refused",
   "barrier",
   "by_first",
   "is_first",
   "mesh",
+  "one_speaks",
   "start",
   "wanted",
 ]
 
 
-class RefusedElsewhere(ValueError):
-  """The first process refused to go on, and has said why."""
+class Refused(ValueError):
+  """A run that cannot begin or go on with several processes, or devices."""
 
 
 def wanted() -> bool:
@@ -48,12 +50,18 @@ def start() -> None:
   and `$JAX_PROCESS_ID`.
 
   Raises:
-    ValueError: where the others cannot be found.
+    Refused: where the others cannot be found.
   """
   number = lambda name: int(os.environ[name]) if name in os.environ else None
-  jax.distributed.initialize(
-    num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
-  )
+  try:
+    jax.distributed.initialize(
+      num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
+    )
+  except (ValueError, RuntimeError) as error:
+    raise Refused(
+      f"cannot join the other processes: {error} Set $JAX_COORDINATOR_ADDRESS, "
+      "$JAX_NUM_PROCESSES and $JAX_PROCESS_ID, or leave out --distributed."
+    ) from error
 
 
 def mesh(devices: int | None = None) -> Mesh:
@@ -67,16 +75,17 @@ def mesh(devices: int | None = None) -> Mesh:
     A mesh over all processes.
 
   Raises:
-    ValueError: for more devices than there are.
+    Refused: for more devices than there are.
 
   Example:
     >>> mesh().size, mesh(2).size
     (1, 2)
   """
   own = len(jax.local_devices())
-  count = devices or (1 if jax.default_backend() == "cpu" else own)
-  if count > own:
-    raise ValueError(f"this process has {own} devices, not {count}.")
+  usual = 1 if jax.default_backend() == "cpu" else own
+  count = usual if devices is None else devices
+  if not 1 <= count <= own:
+    raise Refused(f"`devices` is {count}; this process has {own}.")
   chosen = [
     device
     for process in range(jax.process_count())
@@ -95,6 +104,16 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+@contextlib.contextmanager
+def one_speaks() -> Iterator[None]:
+  """Inside the block only the first process prints results."""
+  with contextlib.ExitStack() as stack:
+    if not is_first():
+      nowhere = stack.enter_context(open(os.devnull, "w"))
+      stack.enter_context(contextlib.redirect_stdout(nowhere))
+    yield
+
+
 def by_first(function: Callable[..., Any], *arguments: Any) -> Any:
   """What `function` returns in the first process, in all of them.
 
@@ -106,7 +125,7 @@ def by_first(function: Callable[..., Any], *arguments: Any) -> Any:
     A JSON value.
 
   Raises:
-    RefusedElsewhere: in the other processes, for an `OSError` or `ValueError` in the
+    Refused: in the other processes, for an `OSError` or `ValueError` in the
       first.
 
   Example:
@@ -127,7 +146,7 @@ def by_first(function: Callable[..., Any], *arguments: Any) -> Any:
   if refusal is not None:
     raise refusal
   if "value" not in heard:
-    raise RefusedElsewhere("the first process refused to go on; it says why.")
+    raise Refused("the first process refused to go on; it says why.")
   return heard["value"]
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import combine, crafting, data, loops, threats, training
+from jaxadv import combine, crafting, data, loops, subjects, threats, training
 from jaxadv.crafting import Plan, Subject
 from jaxadv.engine import Universal
 from jaxadv.training import TrainState
@@ -85,7 +85,7 @@ def rounds(
       )
       state = arm(subject, schedule, plan._replace(seed=seed), eps, state, batches)
       parts = subject.train.dataset, subject.test.dataset
-      subject = crafting.subject(subject.predict, _variables(state), *parts)
+      subject = subjects.subject(subject.predict, _variables(state), *parts)
     yield Round(number, subject, crafting.craft(plan, subject, eps).delta)
 
 

@@ -36,9 +36,9 @@ from jaxadv import (
   data,
   distributed,
   fingerprints,
-  outcomes,
   records,
   report,
+  subjects,
   summaries,
   universal_report,
   victim_job,
@@ -56,7 +56,6 @@ CONTROLS = {
   "random ball": functools.partial(attacks.random_universal, kind="ball"),
   "random sign": functools.partial(attacks.random_universal, kind="sign"),
 }
-_RATES = ("fooling", "error", "clean_error", "targeted", "moved", "one_class")
 
 
 class Run(NamedTuple):
@@ -125,7 +124,8 @@ def prepare(
     quick: asks the config for its smallest form.
     source: data source to use instead of the config's.
     out: folder of the run; `runs/NAME`, or `runs/NAME-quick`, by default.
-    overrides: fields of every recipe to replace; `seed` also replaces the study's.
+    overrides: fields of every recipe to replace; `seed` and `microbatches` also replace
+      the study's.
     progress: shows what is done.
 
   Returns:
@@ -141,8 +141,9 @@ def prepare(
   if not isinstance(config.experiment, UniversalStudy):
     found = type(config.experiment).__name__
     raise JobError(f"{config_path} returns a {found}; this needs a UniversalStudy.")
-  seed = {k: v for k, v in (overrides or {}).items() if k == "seed"}
-  study = dataclasses.replace(config.experiment, **seed)
+  shared = ("seed", "microbatches")
+  own = {k: v for k, v in (overrides or {}).items() if k in shared}
+  study = dataclasses.replace(config.experiment, **own)
   prepared = victim_job.prepare(
     config, quick=quick, source=source, out=out, overrides=overrides, progress=progress
   )
@@ -193,7 +194,7 @@ def _conclude(run, evaluations, started):
   return results
 
 
-def subject(run: Run, name: str) -> crafting.Subject:
+def subject(run: Run, name: str) -> subjects.Subject:
   """A victim of the run, trained or read, with its decisions on the clean images.
 
   Raises:
@@ -209,7 +210,7 @@ def _trained(run, task):
   victim = victim_job.train(task, progress=run.victims.progress)
   parts = task.parts.train, task.parts.test
   with _refused(task.folder):
-    attacked = crafting.subject(victim.predict, victim.variables, *parts)
+    attacked = subjects.subject(victim.predict, victim.variables, *parts)
   return attacked, victim.evaluation
 
 
@@ -282,14 +283,14 @@ def _measure_per_image(run, subject, victim, share):
   file = _folder(run, Cell(victim, share, "")) / "per_image.json"
   if not distributed.by_first(file.exists):
     eps = radius(run, share)
-    rate = crafting.per_image(subject, eps, norm=run.study.norm)
+    rate = subjects.per_image(subject, eps, norm=run.study.norm)
     records.write_json(file, {"eps": eps, "fooling": rate})
 
 
 def radius(run: Run, share: float) -> float:
   """The radius of a share of the mean norm of the training images."""
   study = run.study
-  return crafting.radius(run.parts.train.images, share, study.norm, study.norm_channels)
+  return subjects.radius(run.parts.train.images, share, study.norm, study.norm_channels)
 
 
 def _craft_cell(run, subject, cell):
@@ -311,7 +312,7 @@ def _craft_cell(run, subject, cell):
         plan, subject, eps, folder=places, settings=settings, on_step=on_step
       )
   seconds = time.perf_counter() - started
-  tables = crafting.measure(subject, state.delta)
+  tables = subjects.measure(subject, state.delta)
   _store(folder, np.asarray(state.delta))
   record = {
     "eps": eps,
@@ -351,30 +352,19 @@ def _record(run, cell):
 
 def _row(run, cell):
   """One flat row: what was crafted, its rates, and those of the controls beside it."""
-  record = _record(run, cell)
-  counts, target = record.pop("counts"), record["target"]
-  row = {"victim": cell.victim, "share": cell.share, "perturbation": cell.name}
-  row |= record
-  for split, views in counts.items():
-    for view, table in views.items():
-      rates = outcomes.rates(np.asarray(table), target=target)
-      row |= {f"{name}_{split}_{view}": rates.get(name) for name in _RATES}
-  fooled = outcomes.rates(np.asarray(counts["test"]["stored"]))["per_class"]
-  for name, rate in zip(run.parts.test.class_names, fooled, strict=True):
-    row[f"fooling_test_stored of {name}"] = rate
   alone = _folder(run, cell._replace(name="")) / "per_image.json"
-  row["fooling_per_image"] = json.loads(alone.read_text())["fooling"]
-  for control in CONTROLS:
-    table = _record(run, cell._replace(name=control))["counts"]["test"]["stored"]
-    rates = outcomes.rates(np.asarray(table), target=target)
-    for name in ("fooling", "targeted"):
-      row[f"{name}_{control.replace(' ', '_')}"] = rates.get(name)
-  return {k: None if v != v else v for k, v in row.items()}
+  row = {"victim": cell.victim, "share": cell.share, "perturbation": cell.name}
+  row |= universal_report.row(
+    _record(run, cell),
+    {name: _record(run, cell._replace(name=name)) for name in CONTROLS},
+    run.parts.test.class_names,
+  )
+  return row | {"fooling_per_image": json.loads(alone.read_text())["fooling"]}
 
 
 def _exhibits(run) -> Iterator[universal_report.Exhibit]:
   """A test image with each crafted perturbation of the middle share, as stored."""
-  view, shares = crafting.VIEWS["stored"], run.study.shares
+  view, shares = subjects.VIEWS["stored"], run.study.shares
   clean = data.as_float(run.parts.test.images[:1])[0]
   for cell in _all_cells(run):
     if cell.name in CONTROLS or cell.share != shares[len(shares) // 2]:

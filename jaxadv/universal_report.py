@@ -8,7 +8,9 @@ import numpy as np
 
 from jaxadv import outcomes, report
 
-__all__ = ["Exhibit", "page", "pattern", "rates", "table"]
+__all__ = ["Exhibit", "page", "pattern", "rates", "row", "table"]
+
+_RATES = ("fooling", "error", "clean_error", "targeted", "moved", "one_class")
 
 
 class Exhibit(NamedTuple):
@@ -76,6 +78,40 @@ def rates(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
       found += _targeted([cells[victim, share, name] for name in aimed])
     lines.append([victim, results["victims"][victim]["accuracy"], share, *found])
   return heads, lines
+
+
+def row(
+  record: Mapping[str, Any],
+  controls: Mapping[str, Mapping[str, Any]],
+  class_names: Sequence[str],
+) -> dict[str, Any]:
+  """What `outcome.json` holds, flat: counts become rates, the controls' beside them.
+
+  Args:
+    record: of a perturbation.
+    controls: name to record, of random perturbations of that size.
+    class_names: K names.
+
+  Returns:
+    JSON values; a rate that is not defined is `None`.
+  """
+  flat = {name: value for name, value in record.items() if name != "counts"}
+
+  def rates_of(table):
+    return outcomes.rates(table, target=record["target"])
+
+  for split, views in record["counts"].items():
+    for view, table in views.items():
+      found = rates_of(table)
+      flat |= {f"{name}_{split}_{view}": found.get(name) for name in _RATES}
+  fooled = rates_of(record["counts"]["test"]["stored"])["per_class"]
+  for name, rate in zip(class_names, fooled, strict=True):
+    flat[f"fooling_test_stored of {name}"] = rate
+  for control, other in controls.items():
+    found = rates_of(other["counts"]["test"]["stored"])
+    for name in ("fooling", "targeted"):
+      flat[f"{name}_{control.replace(' ', '_')}"] = found.get(name)
+  return {name: None if value != value else value for name, value in flat.items()}
 
 
 def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -65,6 +65,7 @@ APPLICATION = {
   "__main__": {"cli"},
   "analysis_plots": {"analysis"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
+  | {"distributed", "sharding"}
   | {"checkpoints", "preemption"}
   | {"job", "universal_job", "universal_report", "victim_job"}
   | {"analysis_job", "defence_job", "defence_report"},
@@ -72,7 +73,7 @@ APPLICATION = {
   | {"analysis_plots", "defence_job", "defence_report", "inspection", "records"}
   | {"report", "victim_job"},
   "assessment": LIBRARY,
-  "crafting": LIBRARY | {"fingerprints"},
+  "crafting": LIBRARY | {"fingerprints", "subjects"},
   "defence_job": LIBRARY
   | {"config_files", "distributed"}
   | {"defence_report", "experiments", "fingerprints", "progress", "records"}
@@ -91,14 +92,15 @@ APPLICATION = {
   "records": {"distributed"},
   "report": LIBRARY | {"summaries", "records"},
   "robustness": LIBRARY | {"summaries"},
-  "retraining": LIBRARY | {"crafting"},
+  "retraining": LIBRARY | {"crafting", "subjects"},
   "step_rules": LIBRARY,
+  "subjects": LIBRARY,
   "studies": LIBRARY | {"experiments", "robustness", "step_rules"},
   "summaries": LIBRARY | {"records"},
   "trials": LIBRARY | {"experiments"},
   "trust": LIBRARY | {"robustness"},
   "universal_job": LIBRARY
-  | {"config_files", "distributed"}
+  | {"config_files", "distributed", "subjects"}
   | {"crafting", "experiments", "progress", "records", "report", "summaries"}
   | {"fingerprints", "universal_report", "victim_job", "victims"},
   "universal_report": LIBRARY | {"report"},

@@ -18,6 +18,7 @@ from jaxadv import (
   data,
   loops,
   retraining,
+  subjects,
   threats,
   training,
   victims,
@@ -48,7 +49,7 @@ def victim():
   state = training.init_state(jax.random.key(0), params, variables, tx)
   step = jax.jit(training.train_step(apply, tx, training.cross_entropy))
   state = loops.fit(step, state, data.batches(train, 12, seed=0), num_steps=60)
-  subject = crafting.subject(
+  subject = subjects.subject(
     assessment.predictor(model), {"params": state.params}, train, colors(96, 1)
   )
   schedule = retraining.Schedule(
@@ -66,7 +67,7 @@ def accuracy(subject):
 
 
 def fooled(subject, delta):
-  table = crafting.measure(subject, delta)["test"]["stored"]
+  table = subjects.measure(subject, delta)["test"]["stored"]
   return 1 - np.trace(table.sum(0)) / table.sum()
 
 

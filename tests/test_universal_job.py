@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxadv import cli, crafting, experiments, universal_job
+from jaxadv import cli, crafting, experiments, subjects, universal_job
 
 CONFIG = """
 import optax
@@ -127,7 +127,7 @@ def test_as_many_training_as_test_images_are_judged_of_every_class(finished):
   file = run.folder / "perturbations/small/0.5/universal/outcome.json"
   counts = json.loads(file.read_text())["counts"]
   for split, each in (("train", 4), ("test", 4)):
-    for view in crafting.VIEWS:
+    for view in subjects.VIEWS:
       table = np.asarray(counts[split][view])
       assert table.sum((1, 2)).tolist() == [each] * 3, (split, view)
 
