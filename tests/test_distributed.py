@@ -1,0 +1,201 @@
+"""Real processes on this machine, joined by gloo: one run, the bits of one process."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import helpers
+import pytest
+
+from jaxadv import cli
+
+UAP = """
+import optax
+from jaxadv import attacks, training
+from jaxadv.experiments import Recipe, UniversalStudy
+from jaxadv.models import ConvNet
+
+def get_config(*, quick=False):
+  return UniversalStudy(
+    victims={"small": Recipe(
+      model=ConvNet(num_classes=3, width=4, depth=2), optimizer=optax.adam(1e-2),
+      data=("PACK",), loss=training.cross_entropy, train_steps=8, batch_size=12,
+      holdout=0.2, checkpoint_every=4, microbatches=4,
+    )},
+    perturbations={"universal": attacks.universal}, norm="l2", shares=(0.5,),
+    craft_steps=6, craft_batch=12, checkpoint_every=3, microbatches=4,
+  )
+"""
+ATTACK = """
+import optax
+from jaxadv import attacks
+from jaxadv.experiments import Experiment
+from jaxadv.models import UNet
+
+def get_config(*, quick=False):
+  return Experiment(
+    model=UNet(num_classes=2, width=4, depth=1), optimizer=optax.adam(1e-2),
+    data=("PACK",), train_steps=12, batch_size=8, microbatches=4, num_pairs=7,
+    attack_batch=2, max_initial_iou=1.0, gallery=1,
+    attacks={"seg_pgd": attacks.seg_pgd(8 / 255, num_steps=3, targeted=True)},
+  )
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, discs):
+  folder = tmp_path_factory.mktemp("distributed")
+  pack = helpers.color_pack(folder / "colors.npz", train=36, test=12)
+  (folder / "uap.py").write_text(UAP.replace("PACK", str(pack)))
+  (folder / "attack.py").write_text(ATTACK.replace("PACK", str(discs)))
+  return folder
+
+
+def start(processes, *words):
+  """`jaxadv WORDS` on so many processes of this machine."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  started = []
+  for process in range(processes):
+    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(process)}
+    told |= {"JAX_NUM_PROCESSES": str(processes)}
+    started.append(
+      subprocess.Popen(
+        [sys.executable, "-m", "jaxadv", *map(str, words), "--no-progress"],
+        env=os.environ | told,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
+  return started
+
+
+def finish(started, *, seconds=300):
+  """Status, output and errors of each; none may outlive the others."""
+  deadline, ended = time.monotonic() + seconds, []
+  try:
+    for process in started:
+      out = process.communicate(timeout=max(1, deadline - time.monotonic()))
+      ended.append((process.returncode, *out))
+  finally:
+    for process in started:
+      process.kill()
+  return ended
+
+
+def alone(folder, command, *words):
+  assert (
+    cli.main([command, str(folder / f"{command}.py"), "--no-progress", *words]) == 0
+  )
+
+
+@pytest.mark.parametrize(
+  "processes", [2, pytest.param(4, marks=pytest.mark.long)], ids=str
+)
+def test_a_universal_run_of_several_processes_has_the_bits_of_one(folder, processes):
+  one, many = folder / "one", folder / f"uap-{processes}"
+  if not one.exists():
+    alone(folder, "uap", "--out", str(one))
+  ended = finish(start(processes, "uap", folder / "uap.py", "--out", many))
+  assert [status for status, *_ in ended] == [0] * processes, ended
+  assert "results: " in ended[0][1]
+  assert not any("results" in out for _, out, _ in ended[1:])
+  assert same(one, many, "perturbations/small/*/*/uap.npy") == 3
+  assert same(one, many, "perturbations/small/*/per_image.json") == 1
+  assert same(one, many, "victims/small/results.json") == 1
+  assert same(one, many, "perturbations/small/*/*/outcome.json", lacking="seconds") == 3
+  assert (many / "report.html").read_text().count("<figure>") == 1
+
+
+def same(one, other, pattern, lacking=None):
+  """How many files there are, equal in both folders."""
+  names = [path.relative_to(one) for path in sorted(one.glob(pattern))]
+  for name in names:
+    if lacking is None:
+      assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    else:
+      found = [json.loads((place / name).read_text()) for place in (one, other)]
+      assert found[0].pop(lacking) > 0
+      assert found[1].pop(lacking) > 0
+      assert found[0] == found[1], name
+  return len(names)
+
+
+def rows(path):
+  with path.open(newline="") as file:
+    return [
+      {k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)
+    ]
+
+
+def test_every_process_writes_its_own_rows_and_they_are_those_of_one(folder):
+  one, two = folder / "attack-one", folder / "attack-two"
+  alone(folder, "attack", "--out", str(one))
+  ended = finish(start(2, "attack", folder / "attack.py", "--out", two))
+  assert [status for status, *_ in ended] == [0, 0], ended
+  shards = [rows(two / name) for name in ("rows.csv", "rows-0001.csv")]
+  assert [len(shard) for shard in shards] == [4, 3]
+  every = sorted(shards[0] + shards[1], key=lambda row: int(row["pair"]))
+  assert every == rows(one / "rows.csv")
+  assert same(one, two, "images/*/*.png") == 7
+  results = [json.loads((place / "results.json").read_text()) for place in (one, two)]
+  assert results[0]["attacks"].keys() == results[1]["attacks"].keys()
+  assert results[1]["pairs"] == 7
+  # One process finishes what two began.
+  (two / "rows-0001.csv").write_text((two / "rows-0001.csv").read_text()[:-30])
+  alone(folder, "attack", "--out", str(two))
+  again = rows(two / "rows.csv") + rows(two / "rows-0001.csv")
+  assert sorted(again, key=lambda row: int(row["pair"])) == rows(one / "rows.csv")
+
+
+def test_what_the_first_process_refuses_ends_all_of_them(folder):
+  place = folder / "other"
+  place.mkdir()
+  (place / "settings.json").write_text('{"seed": 3}')
+  ended = finish(start(2, "uap", folder / "uap.py", "--out", place), seconds=120)
+  assert [status for status, *_ in ended] == [2, 2], ended
+  assert "holds another run" in ended[0][2]
+  assert "the first process refused" in ended[1][2]
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(folder):
+  words = ["train", folder / "uap.py", "--out", folder / "uneven", "--train-batch", "9"]
+  ended = finish(start(2, *words, "--microbatches", "3"), seconds=120)
+  assert [status for status, *_ in ended] == [2, 2], ended
+  for _, _, error in ended:
+    assert "cannot be cut evenly over 2 processes" in error
+
+
+def test_a_process_that_finds_no_others_says_what_to_set(monkeypatch, capsys):
+  for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+    monkeypatch.delenv(name, raising=False)
+  script = "import sys; from jaxadv import cli; sys.exit(cli.main(sys.argv[1:]))"
+  words = ["train", "none.py", "--distributed"]
+  done = subprocess.run(
+    [sys.executable, "-c", script, *words], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 2
+  assert "Set $JAX_COORDINATOR_ADDRESS" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_more_devices_than_there_are_are_refused(folder, capsys):
+  words = ["train", str(folder / "uap.py"), "--devices", "9"]
+  assert cli.main([*words, "--out", str(folder / "nine")]) == 2
+  assert "`devices` is 9; this process has 8" in capsys.readouterr().err
+
+
+def test_a_universal_run_on_eight_devices_has_the_bits_of_one(folder):
+  """Batches of 12 in 4 microbatches use 4 of them for a step, and all to look."""
+  one, eight = folder / "one", folder / "eight"
+  if not one.exists():
+    alone(folder, "uap", "--out", str(one))
+  alone(folder, "uap", "--out", str(eight), "--devices", "8")
+  assert same(one, eight, "perturbations/small/*/*/uap.npy") == 3
+  assert same(one, eight, "victims/small/results.json") == 1
