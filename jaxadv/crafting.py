@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxadv import attacks, checkpoints, data, fingerprints, loops, outcomes, threats
 from jaxadv.engine import Universal
+from jaxadv.lazy import Rows
 from jaxadv.types import Array, Perturbation, call
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
   "measure",
   "per_image",
   "program",
+  "radius",
   "stream",
   "subject",
 ]
@@ -235,6 +237,32 @@ def per_image(subject: Subject, eps: float, *, norm: Norm) -> float:
   return float(np.mean(after != before))
 
 
+def radius(
+  images: np.ndarray | Rows,
+  share: float,
+  norm: Norm,
+  norm_channels: Literal["all", "first"] = "all",
+) -> float:
+  """`threats.share_of_norm` of images in memory, or on disk.
+
+  Those on disk are gone through once per process; the mean of the parts differs by
+  rounding from that of the whole.
+
+  Args:
+    images: `(N, ..., C)` uint8, or float32 in [0, 1].
+    share: of their mean norm, above 0.
+    norm: of the ball.
+    norm_channels: see `threats.share_of_norm`.
+
+  Example:
+    >>> round(radius(np.full((2, 8, 8, 1), 255, np.uint8), 0.04, "l2"), 3)
+    0.32
+  """
+  if isinstance(images, Rows):
+    return share * _mean_norm(images, norm, norm_channels)
+  return _share_of_norm(images, share, norm, norm_channels)
+
+
 def stream(
   part: Part, plan: Plan, *, start: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -243,6 +271,17 @@ def stream(
   for batch in data.batches(part.dataset, plan.batch, seed=plan.seed, start=start):
     seen = [place[int(number)] for number in batch["id"]]
     yield batch | {"decision": part.before[seen]}
+
+
+@functools.lru_cache(maxsize=1)
+def _mean_norm(images, *norm):
+  parts = (images[n : n + 256] for n in range(0, len(images), 256))
+  return sum(len(part) * _share_of_norm(part, 1, *norm) for part in parts) / len(images)
+
+
+def _share_of_norm(images, share, norm, channels):
+  pixels = jnp.asarray(data.as_float(images))
+  return threats.share_of_norm(pixels, share, norm=norm, norm_channels=channels)
 
 
 def _share(dataset, size):

@@ -39,13 +39,11 @@ from jaxadv import (
   records,
   report,
   summaries,
-  threats,
   universal_report,
   victim_job,
   victims,
 )
 from jaxadv.experiments import Config, UniversalStudy, load_config
-from jaxadv.lazy import Rows
 from jaxadv.progress import Progress, silent
 from jaxadv.victim_job import JobError
 
@@ -282,22 +280,8 @@ def _measure_per_image(run, subject, victim, share):
 
 def radius(run: Run, share: float) -> float:
   """The radius of a share of the mean norm of the training images."""
-  train, study = run.parts.train, run.study
-  if isinstance(train.images, Rows):
-    return share * _mean_norm(train.images, study.norm, study.norm_channels)
-  return _share_of_norm(train.images, share, study.norm, study.norm_channels)
-
-
-@functools.lru_cache(maxsize=1)
-def _mean_norm(images, *norm):
-  """The mean norm of images on disk, which are gone through once per process."""
-  parts = (images[n : n + 256] for n in range(0, len(images), 256))
-  return sum(len(part) * _share_of_norm(part, 1, *norm) for part in parts) / len(images)
-
-
-def _share_of_norm(images, share, norm, channels):
-  pixels = jnp.asarray(data.as_float(images))
-  return threats.share_of_norm(pixels, share, norm=norm, norm_channels=channels)
+  study = run.study
+  return crafting.radius(run.parts.train.images, share, study.norm, study.norm_channels)
 
 
 def _craft_cell(run, subject, cell):
