@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import numpy as np
 from PIL import Image
@@ -53,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells.append(found["peak"] - found["imports"])
         row = [name, f"{number:,}", *(f"{cell:,.0f}" for cell in cells)]
         print("| " + " | ".join(row) + " |", flush=True)
-  print("\n" + summaries.signature(summaries.origin()))
+  packages = ("grain", "array_record", "tensorflow-datasets", "pillow")
+  readers = ", ".join(f"{name} {version(name)}" for name in packages)
+  print(f"\n{summaries.signature(summaries.origin())} Read by {readers}.")
 
 
 def pictures(number: int, side: int) -> list[bytes]:

@@ -108,8 +108,8 @@ def prefetch(
 ) -> Iterator[Item]:
   """`read(start)`, `read(start + 1)` and so on, in this order, read ahead by threads.
 
-  Twice as many items as threads are in flight or waiting. The threads end with the
-  iterator: when it is done, closed or dropped, or when an item cannot be read.
+  As many items as threads are in the making or wait to be taken. The threads end with
+  the iterator: when it is done, closed or dropped, or when an item cannot be read.
 
   Args:
     read: a pure function of its number.
@@ -130,7 +130,7 @@ def prefetch(
   import grain  # slow to import, and only wanted here
 
   last = np.iinfo(np.int64).max if stop is None else max(start, stop)
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   numbers = grain.MapDataset.range(start, last)
   # Left to itself, Grain's iterator ends its threads only when garbage is collected.
   with contextlib.closing(iter(numbers.map(read).to_iter_dataset(options))) as items:

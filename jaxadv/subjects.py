@@ -146,18 +146,30 @@ def per_image(subject: Subject, eps: float, *, norm: Norm) -> float:
   return float(np.mean(after != before))
 
 
-def radius(images: Any, share: float, norm: Norm, channels: str = "all") -> float:
-  """The radius of a share of the mean norm of images, in memory or lazy.
+def radius(
+  images: np.ndarray | Rows,
+  share: float,
+  norm: Norm,
+  norm_channels: Literal["all", "first"] = "all",
+) -> float:
+  """`threats.share_of_norm` of images in memory, or on disk.
+
+  Those on disk are gone through once per process; the mean of the parts differs by
+  rounding from that of the whole.
 
   Args:
-    images: `(N, ..., C)` uint8 or float32 in [0, 1].
-    share: of that norm, above 0.
+    images: `(N, ..., C)` uint8, or float32 in [0, 1].
+    share: of their mean norm, above 0.
     norm: of the ball.
-    channels: as `norm_channels` of `threats.share_of_norm`.
+    norm_channels: see `threats.share_of_norm`.
+
+  Example:
+    >>> round(radius(np.full((2, 8, 8, 1), 255, np.uint8), 0.04, "l2"), 3)
+    0.32
   """
   if isinstance(images, Rows):
-    return share * _mean_norm(images, norm, channels)
-  return _share_of_norm(images, share, norm, channels)
+    return share * _mean_norm(images, norm, norm_channels)
+  return _share_of_norm(images, share, norm, norm_channels)
 
 
 @functools.lru_cache(maxsize=1)

@@ -47,7 +47,7 @@ def load_tfds(
       machine, with the command that prepares it.
     ValueError: for an unknown split, features that do not fit, and as for `load`.
   """
-  builder = _builder(name, data_dir)
+  builder, split = _builder(name, data_dir), split or "all"
   features = builder.info.features
   key = next((key for key in _LABELS if key in features), None)
   if key is None or "image" not in features:
@@ -96,7 +96,7 @@ def _rows(name, builder, split, key):
       ) from error
     if key == "image":
       return found[..., None] if found.ndim == 2 else found
-    return found[..., 0] if found.ndim == 3 else found
+    return found[..., 0] if found.ndim > 2 and found.shape[-1] == 1 else found
 
   first = row(0)
 
@@ -125,7 +125,6 @@ def _records(name, builder, split, key):
     for other, feature in builder.info.features.items()
     if other != key and isinstance(feature, tfds.features.Image)
   }
-  split = split or "all"
   if not builder.info.splits[split].num_examples:
     raise ValueError(f"TFDS data set {name!r} has no record in split {split!r}.")
   try:

@@ -191,7 +191,7 @@ def test_reading_ahead_keeps_the_order_and_is_bounded(threads):
   assert started == []
   assert first(stream, 20) == list(range(7, 27))
   time.sleep(0.3)
-  assert max(started) <= 26 + 2 * threads
+  assert max(started) <= 26 + threads
   assert sorted(started) == list(range(7, max(started) + 1))
   assert list(streams.prefetch(lambda n: n, 3, 3)) == []
   assert list(streams.prefetch(lambda n: n, 5, 3)) == []
@@ -411,13 +411,13 @@ def test_a_real_pack_survives_the_way_through_tfds(script, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_set(script, tmp_path):
-  """Ten times the images, 211 MiB more: held in memory that shows, and lazily not."""
-  extra = 4500 * 128**2 * 3 / 2**20
+  """Ten times the images, 127 MiB more: held in memory that shows, and lazily not."""
+  extra = 2700 * 128**2 * 3 / 2**20
   files, peaks = script.pictures(20, 128), {}
-  for number in (500, 5000):
+  for number in (300, 3000):
     script.write(tmp_path / str(number), files, number)
-    for memory in (0, 2**40):
-      found = script.measure(tmp_path / str(number), memory, threads=2)
-      peaks[memory, number] = found["peak"]
-  assert peaks[2**40, 5000] - peaks[2**40, 500] > 0.8 * extra
-  assert peaks[0, 5000] - peaks[0, 500] < 0.1 * extra
+  for number, memory in ((300, 0), (3000, 0), (3000, 2**40)):
+    found = script.measure(tmp_path / str(number), memory, threads=2)
+    peaks[number, memory] = found["peak"]
+  assert peaks[3000, 0] - peaks[300, 0] < 0.3 * extra
+  assert peaks[3000, 2**40] - peaks[300, 0] > 0.8 * extra
