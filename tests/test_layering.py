@@ -22,7 +22,7 @@ ROOT = pathlib.Path(jaxadv.__file__).parent
 GROUND = {"masks", "inputs", "filters"}
 PARTS = {"threats", "losses", "targets", "forwards", "apgd", "transforms"}
 PARTS |= {"similarity"}
-SIDE = {"synthetic", "sources", "pairing", "data"}
+SIDE = {"synthetic", "pictures", "sources", "pairing", "data"}
 ALLOWED = {
   "masks": set(),
   "inputs": set(),
@@ -110,7 +110,7 @@ ONLY = {
   "jinja2": {"report"},
   "sklearn": {"analysis"},
   "rich": {"progress", "summaries", "report", "cli"},
-  "PIL": {"job", "report", "sources"},
+  "PIL": {"job", "report", "sources", "pictures"},
 }
 
 
