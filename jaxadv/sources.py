@@ -17,7 +17,7 @@ from jaxadv import pictures
 
 __all__ = ["Dataset", "load_folder", "load_npz", "load_tfds", "take"]
 
-_TFDS_LABELS = ("segmentation_mask", "mask", "label")
+_TFDS_LABELS = ("segmentation_mask", "mask", "label", "labels")
 
 
 class Dataset(NamedTuple):
@@ -120,8 +120,10 @@ def load_tfds(
 ) -> Dataset:
   """Loads a prepared TFDS data set; needs no TensorFlow.
 
-  Reads the feature `image`, and `segmentation_mask`, `mask` or `label`. Without
-  TensorFlow TFDS reads the array_record format only, so nothing is prepared here.
+  Reads the feature `image`, and `segmentation_mask`, `mask`, `label` or `labels`; the
+  last is a sequence of the classes an image has, and becomes a label set. `id` gives
+  the names, where there is one. Without TensorFlow TFDS reads the array_record format
+  only, so nothing is prepared here.
 
   Args:
     name: TFDS name, such as `"oxford_iiit_pet"` or `"mnist:3.0.1"`.
@@ -138,10 +140,17 @@ def load_tfds(
   """
   import tensorflow_datasets as tfds  # slow to import, and only wanted here
 
+  from jaxadv import builders  # registers ours
+
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
   except tfds.core.registered.DatasetNotFoundError as error:
     raise FileNotFoundError(f"TFDS has no data set {name!r}.") from error
+  if builder.name in builders.BUILDERS and not builder.is_prepared():
+    raise FileNotFoundError(
+      f"TFDS data set {name!r} is not prepared in {builder.data_path}. Run once: "
+      f"jaxadv build {builder.name} --manual-dir DIR; docs/data.md says what is in DIR."
+    )
   if not builder.is_prepared():
     raise FileNotFoundError(
       f"TFDS data set {name!r} is not prepared in {builder.data_path}. With "
@@ -196,19 +205,23 @@ def _stack(places, arrays):
 
 def _from_records(name, records, features):
   key = next((key for key in _TFDS_LABELS if key in features), None)
-  if key is None or "image" not in features:
+  names = getattr(features[key], "names", None) if key else None
+  if key is None or (key == "labels" and not names) or "image" not in features:
     raise ValueError(
       f"TFDS data set {name!r} has the features {', '.join(features)}; this needs "
-      f"`image` and one of {', '.join(_TFDS_LABELS)}."
+      f"`image` and one of {', '.join(_TFDS_LABELS)}, the last with class names."
     )
   images, labels = [], []
+  places: list[str] = []
   for record in _all(name, records):
-    images.append(record["image"])
-    label = np.asarray(record[key])
-    labels.append(label[..., 0] if label.ndim == 3 else label)
-  places = [f"{name} {i}" for i in range(len(images))]
-  stacked = _stack(places, images), _stack(places, labels)
-  return _dataset(name, *stacked, places, getattr(features[key], "names", None))
+    image, label = record["image"], np.asarray(record[key])
+    if key == "labels":
+      label = np.isin(np.arange(features[key].num_classes), label)
+    images.append(image)
+    labels.append(label[..., 0] if label.ndim == image.ndim else label)
+    called = record.get("id")
+    places.append(called.decode() if type(called) is bytes else f"{name} {len(places)}")
+  return _dataset(name, _stack(places, images), _stack(places, labels), places, names)
 
 
 def _all(name, records):

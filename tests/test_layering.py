@@ -22,7 +22,7 @@ ROOT = pathlib.Path(jaxadv.__file__).parent
 GROUND = {"masks", "inputs", "filters"}
 PARTS = {"threats", "losses", "targets", "forwards", "apgd", "transforms"}
 PARTS |= {"similarity"}
-SIDE = {"synthetic", "pictures", "sources", "pairing", "data"}
+SIDE = {"synthetic", "pictures", "builders", "sources", "pairing", "data"}
 ALLOWED = {
   "masks": set(),
   "inputs": set(),
@@ -59,9 +59,10 @@ LIBRARY = {*ALLOWED, "jaxadv"}  # `import jaxadv` reads the version
 APPLICATION = {
   "__main__": {"cli"},
   "analysis_plots": {"analysis"},
+  "building": LIBRARY | {"progress"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
   | {"job", "universal_job", "universal_report", "victim_job"}
-  | {"analysis_job", "defence_job", "defence_report"},
+  | {"analysis_job", "defence_job", "defence_report", "builders", "building"},
   "analysis_job": LIBRARY
   | {"analysis_plots", "defence_job", "defence_report", "inspection", "records"}
   | {"report", "victim_job"},
@@ -102,15 +103,17 @@ ONLY = {
   "safetensors": set(),
   "torch": set(),
   "keras": set(),
+  "nibabel": {"builders"},
+  "xlrd": {"builders"},
   "orbax": {"checkpoints"},
   "tensorflow": set(),
-  "tensorflow_datasets": {"sources"},
+  "tensorflow_datasets": {"sources", "builders", "building"},
   "dm_pix": {"metrics", "forwards", "augment"},
   "matplotlib": {"report", "analysis_plots"},
   "jinja2": {"report"},
   "sklearn": {"analysis"},
   "rich": {"progress", "summaries", "report", "cli"},
-  "PIL": {"job", "report", "sources", "pictures"},
+  "PIL": {"job", "report", "sources", "pictures", "builders", "building"},
 }
 
 
