@@ -1,23 +1,26 @@
-"""Data sets in memory, and the batches made of them.
+"""Data sets, in memory or on disk, and the batches made of them.
 
 A source is a `.npz` pack, a folder of `images/` and `masks/`, a TFDS data set, or
 nothing at all, which gives synthetic phantoms. Images stay as stored; `batches` scales
 them to float32 in [0, 1]. Whatever is missing, torn or does not fit raises before any
-work starts, `FileNotFoundError` or `ValueError`, and names the file and the remedy.
+work starts, `FileNotFoundError` or `ValueError`, and names the file and the remedy; a
+single image of a TFDS set that is too large for memory does so when it is read.
 """
 
 import functools
-import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from jaxadv import synthetic
+from jaxadv.lazy import Rows
 from jaxadv.pairing import Pairs, pairs
-from jaxadv.sources import Dataset, load_folder, load_npz, load_tfds, take
+from jaxadv.sources import Dataset, load_folder, load_npz, take
+from jaxadv.streams import as_float, batches, members
+from jaxadv.tfds_source import load_tfds
 
 __all__ = [
   "Dataset",
@@ -145,12 +148,6 @@ def phantoms(
   return _phantoms(range(n), size=size, seed=seed, num_classes=num_classes)
 
 
-def as_float(images: np.ndarray) -> np.ndarray:
-  """Images in [0, 1]: uint8 divided by 255, float as it is; float32."""
-  scale = np.float32(255 if images.dtype == np.uint8 else 1)
-  return images.astype(np.float32) / scale
-
-
 def resize(dataset: Dataset, side: int) -> Dataset:
   """Stretches every image to `side` pixels in each direction (Lanczos).
 
@@ -159,7 +156,8 @@ def resize(dataset: Dataset, side: int) -> Dataset:
     side: in pixels.
 
   Returns:
-    Images of the same dtype and range, rounded where they are uint8, and their labels.
+    Images of the same dtype and range, rounded where they are uint8, and their labels;
+    lazy ones are resized when they are read.
 
   Raises:
     ValueError: for a side below 1.
@@ -172,14 +170,11 @@ def resize(dataset: Dataset, side: int) -> Dataset:
   """
   if side < 1:
     raise ValueError(f"`side` is {side}; write 1 pixel or more.")
-  images, labels = dataset.images, dataset.labels
-  shape = (len(images), *[side] * (images.ndim - 2), images.shape[-1])
-  whole = images.dtype == np.uint8
-  resized = np.asarray(jax.image.resize(as_float(images), shape, "lanczos3").clip(0, 1))
-  resized = np.rint(255 * resized) if whole else resized
+  pixels = functools.partial(_resized, side=side)
+  images, labels = _through(dataset.images, pixels), dataset.labels
   if dataset.kind == "mask":
-    labels = np.asarray(jax.image.resize(labels, shape[:-1], "nearest"))
-  return dataset._replace(images=resized.astype(images.dtype), labels=labels)
+    labels = _through(labels, functools.partial(_resized_masks, side=side))
+  return dataset._replace(images=images, labels=labels)
 
 
 def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
@@ -216,87 +211,29 @@ def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
   return take(dataset, np.flatnonzero(~held)), take(dataset, np.flatnonzero(held))
 
 
-def batches(
-  dataset: Dataset,
-  batch_size: int,
-  *,
-  seed: int | None = None,
-  start: int = 0,
-  balance: bool = False,
-) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of one shape: one pass in order, or an endless shuffled stream.
-
-  With a seed, batch `t` is a function of `(seed, t)` alone, so that training resumes at
-  `start`. Every image comes once before any comes again. With `balance` the stream
-  holds every class once in each run of K places, and every image of a class once before
-  any of that class again: rare classes are oversampled, none is thinned out.
-
-  Args:
-    dataset: images and labels.
-    batch_size: B.
-    seed: of the shuffling; `None` for one pass in order, whose last batch is filled up
-      with its last image at weight 0.
-    start: number of the first batch.
-    balance: give every class the same share; needs a seed and one class per image.
-
-  Yields:
-    `image` float32 `(B, ..., C)` in [0, 1], `label` int32 `(B, ...)`, `weight` float32
-    `(B,)` and `id` int32 `(B,)`.
-
-  Raises:
-    ValueError: for `batch_size` below 1 and a negative `start`; with `balance`, without
-      a seed, for masks and label sets, and for a class without images.
-
-  Example:
-    >>> [batch["weight"].tolist() for batch in batches(phantoms(3, size=16), 2)]
-    [[1.0, 1.0], [1.0, 0.0]]
-  """
-  if batch_size < 1 or start < 0:
-    raise ValueError(
-      f"`batch_size` is {batch_size} and `start` {start}; write 1 and 0."
-    )
-  if balance and seed is None:
-    raise ValueError("`balance` needs an endless stream; write a `seed` too.")
-  if seed is None:
-    return _one_pass(dataset, batch_size, start)
-  if balance:
-    order = functools.partial(_balanced, members(dataset), seed)
-  else:
-    order = functools.partial(_shuffled, len(dataset.images), (seed,))
-  return _endless(dataset, batch_size, start, order)
+def _through(array, function):
+  return array.map(function) if isinstance(array, Rows) else function(array)
 
 
-def members(dataset: Dataset) -> list[np.ndarray]:
-  """Where the images of each class are.
+def _resized(images, side):
+  """One by one, so that an image does not depend on those it is read with."""
+  shape = (*[side] * (images.ndim - 2), images.shape[-1])
+  whole = images.dtype == np.uint8
+  resized = np.empty((len(images), *shape), images.dtype)
+  for n, image in enumerate(as_float(images)):
+    pixels = np.asarray(_lanczos(image, shape))
+    resized[n] = np.rint(255 * pixels) if whole else pixels
+  return resized
 
-  Args:
-    dataset: one class per image.
 
-  Returns:
-    Positions, for each class in order.
+@functools.partial(jax.jit, static_argnums=1)
+def _lanczos(image, shape):
+  return jax.image.resize(image, shape, "lanczos3").clip(0, 1)
 
-  Raises:
-    ValueError: for masks, label sets, and a class without images, by its name.
 
-  Example:
-    >>> images, labels = np.zeros((3, 8, 8, 1)), np.array([1, 0, 1])
-    >>> dataset = Dataset(images, labels, np.arange(3), ["x"] * 3, ("a", "b"))
-    >>> [places.tolist() for places in members(dataset)]
-    [[1], [0, 2]]
-  """
-  if dataset.kind != "class":
-    raise ValueError(
-      f"labels are {dataset.labels.shape}; balance needs one class per image, (N,)."
-    )
-  names = dataset.class_names
-  places = [np.flatnonzero(dataset.labels == k) for k in range(len(names))]
-  missing = [name for name, found in zip(names, places, strict=True) if not len(found)]
-  if missing:
-    raise ValueError(
-      f"no image of class {', '.join(missing)}; leave the class out of `class_names`, "
-      "or add images of it to this split."
-    )
-  return places
+def _resized_masks(masks, side):
+  shape = (len(masks), *[side] * (masks.ndim - 1))
+  return np.asarray(jax.image.resize(masks, shape, "nearest"))
 
 
 def _phantom_numbers(split):
@@ -321,49 +258,3 @@ def _phantoms(numbers, *, size, seed, num_classes):
   names = [f"phantom {n}" for n in numbers]
   classes = ("skin", "lesion", *(f"core {k}" for k in range(1, num_classes - 1)))
   return Dataset(images, masks, np.array(numbers, np.int64), names, classes)
-
-
-def _one_pass(dataset, batch_size, start):
-  total = len(dataset.images)
-  for first in range(start * batch_size, total, batch_size):
-    places = np.arange(first, first + batch_size)
-    yield _batch(dataset, np.minimum(places, total - 1), places < total)
-
-
-def _endless(dataset, batch_size, start, order):
-  for t in itertools.count(start):
-    places = np.arange(t * batch_size, (t + 1) * batch_size)
-    yield _batch(dataset, order(places), np.ones(batch_size))
-
-
-def _shuffled(total, seed, places):
-  """Where the places of an endless stream of reshuffled passes lie in the data set."""
-  turns, offsets = np.divmod(places, total)
-  orders = {
-    turn: np.random.default_rng([*seed, turn]).permutation(total)
-    for turn in set(turns.tolist())
-  }
-  return np.array(
-    [orders[turn][k] for turn, k in zip(turns.tolist(), offsets, strict=True)], int
-  )
-
-
-def _balanced(classes, seed, places):
-  """As `_shuffled`, with one image of every class in each run of `len(classes)`."""
-  chosen = _shuffled(len(classes), (seed, len(classes)), places)
-  turns = places // len(classes)
-  found = np.empty(len(places), int)
-  for k, images in enumerate(classes):
-    mine = chosen == k
-    found[mine] = images[_shuffled(len(images), (seed, k), turns[mine])]
-  return found
-
-
-def _batch(dataset, places, weight):
-  images = dataset.images[places]
-  return {
-    "image": as_float(images),
-    "label": dataset.labels[places],
-    "weight": weight.astype(np.float32),
-    "id": dataset.ids[places].astype(np.int32),
-  }

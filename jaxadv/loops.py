@@ -65,14 +65,12 @@ def fit(
   return state
 
 
-def over_batches(
-  function: Callable[..., Any], *arrays: np.ndarray, size: int
-) -> np.ndarray:
+def over_batches(function: Callable[..., Any], *arrays: Any, size: int) -> np.ndarray:
   """`function` of batches of one shape, so that it compiles once.
 
   Args:
     function: `(B, ...)` arrays to an array `(B, ...)`, each example by itself.
-    *arrays: `(N, ...)`, N the same.
+    *arrays: `(N, ...)`, N the same; of lazy ones a batch is read at a time.
     size: B; the last batch is filled up with zeros, and what came of them is cut.
 
   Returns:

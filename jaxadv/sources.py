@@ -1,4 +1,4 @@
-"""Readers of one source each: `.npz` packs, folders of pictures, TFDS data sets.
+"""What a data set is, and readers of `.npz` packs and of folders of pictures.
 
 Everything read is checked before it is returned. Whatever is missing, torn or does not
 fit raises `FileNotFoundError` or `ValueError`, with the file and the remedy.
@@ -8,33 +8,35 @@ import os
 import pathlib
 import zipfile
 import zlib
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from jaxadv import pictures
+from jaxadv.lazy import Rows, select
 
-__all__ = ["Dataset", "load_folder", "load_npz", "load_tfds", "take"]
-
-_TFDS_LABELS = ("segmentation_mask", "mask", "label", "labels")
+__all__ = ["Dataset", "checked", "load_folder", "load_npz", "take"]
 
 
 class Dataset(NamedTuple):
   """Images, their labels, and where they came from.
 
   Attributes:
-    images: `(N, H, W, C)` or `(N, D, H, W, C)`, uint8 in 0..255 or float32 in [0, 1].
-    labels: int32 `(N,)` classes, `(N, L)` label sets, or `(N, H, W)` masks.
+    images: `(N, H, W, C)` or `(N, D, H, W, C)`, uint8 in 0..255 or float32 in [0, 1];
+      in memory, or `Rows` that are read when asked for.
+    labels: int32 `(N,)` classes, `(N, L)` label sets, or `(N, H, W)` masks, which may
+      be `Rows` too.
     ids: `(N,)` int64, positions in the source, whatever the split.
     names: N names at the source.
     class_names: K names in index order.
   """
 
-  images: np.ndarray
-  labels: np.ndarray
+  images: np.ndarray | Rows
+  labels: Any
   ids: np.ndarray
-  names: list[str]
+  names: list[str] | Rows
   class_names: tuple[str, ...]
 
   @property
@@ -75,7 +77,8 @@ def load_npz(path: str | os.PathLike, *, split: str | None = None) -> Dataset:
     ) from error
   images, labels = _pack_arrays(path, arrays)
   names = arrays.get("ids", np.arange(len(images))).astype(str).tolist()
-  dataset = _dataset(path, images, labels, names, arrays.get("class_names"))
+  class_names = arrays.get("class_names")
+  dataset = checked(path, images, labels, names=names, class_names=class_names)
   return take(dataset, _select(path, len(images), split, arrays.get("split")))
 
 
@@ -111,68 +114,14 @@ def load_folder(
   names = list(files)
   mask_array = pictures.as_classes(path, _stack(partners, labels))
   stacked = _stack(list(files.values()), images)
-  dataset = _dataset(path, stacked, mask_array, names, None)
+  dataset = checked(path, stacked, mask_array, names=names)
   return take(dataset, _select(path, len(names), split, None))
 
 
-def load_tfds(
-  name: str, *, split: str | None = None, data_dir: str | os.PathLike | None = None
-) -> Dataset:
-  """Loads a prepared TFDS data set; needs no TensorFlow.
-
-  Reads the feature `image`, and `segmentation_mask`, `mask`, `label` or `labels`; the
-  last is a sequence of the classes an image has, and becomes a label set. `id` gives
-  the names, where there is one. Without TensorFlow TFDS reads the array_record format
-  only, so nothing is prepared here.
-
-  Args:
-    name: TFDS name, such as `"oxford_iiit_pet"` or `"mnist:3.0.1"`.
-    split: TFDS split, such as `"train[:80%]"`; `None` for all.
-    data_dir: where the data sets live; default as TFDS has it (`$TFDS_DATA_DIR`).
-
-  Returns:
-    A checked `Dataset`.
-
-  Raises:
-    FileNotFoundError: for an unknown name and for one that is not prepared on this
-      machine, with the command that prepares it.
-    ValueError: for an unknown split, features that do not fit, and as for `load`.
-  """
-  import tensorflow_datasets as tfds  # slow to import, and only wanted here
-
-  from jaxadv import builders  # registers ours
-
-  try:
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-  except tfds.core.registered.DatasetNotFoundError as error:
-    raise FileNotFoundError(f"TFDS has no data set {name!r}.") from error
-  if builder.name in builders.BUILDERS and not builder.is_prepared():
-    raise FileNotFoundError(
-      f"TFDS data set {name!r} is not prepared in {builder.data_path}. Run once: "
-      f"jaxadv build {builder.name} --manual-dir DIR; docs/data.md says what is in DIR."
-    )
-  if not builder.is_prepared():
-    raise FileNotFoundError(
-      f"TFDS data set {name!r} is not prepared in {builder.data_path}. With "
-      "pip install 'jaxadv[data]', run once: tensorflow_datasets.builder("
-      f"{name!r}, file_format='array_record').download_and_prepare()"
-    )
-  try:
-    records = builder.as_data_source(split=split or "all")
-  except NotImplementedError as error:
-    raise ValueError(f"TFDS data set {name!r}: {error}") from error
-  return _from_records(name, records, builder.info.features)
-
-
 def take(dataset: Dataset, places: np.ndarray) -> Dataset:
-  """The images at some places, with all that belongs to them."""
-  return Dataset(
-    dataset.images[places],
-    dataset.labels[places],
-    dataset.ids[places],
-    [dataset.names[place] for place in places],
-    dataset.class_names,
-  )
+  """The images at some places, with all that belongs to them; lazy ones stay unread."""
+  fields = "images", "labels", "ids", "names"
+  return dataset._replace(**{f: select(getattr(dataset, f), places) for f in fields})
 
 
 def _pack_arrays(path, arrays):
@@ -203,38 +152,31 @@ def _stack(places, arrays):
   return np.stack(arrays)
 
 
-def _from_records(name, records, features):
-  key = next((key for key in _TFDS_LABELS if key in features), None)
-  names = getattr(features[key], "names", None) if key else None
-  if key is None or (key == "labels" and not names) or "image" not in features:
-    raise ValueError(
-      f"TFDS data set {name!r} has the features {', '.join(features)}; this needs "
-      f"`image` and one of {', '.join(_TFDS_LABELS)}, the last with class names."
-    )
-  images, labels = [], []
-  places: list[str] = []
-  for record in _all(name, records):
-    image, label = record["image"], np.asarray(record[key])
-    if key == "labels":
-      label = np.isin(np.arange(features[key].num_classes), label)
-    images.append(image)
-    labels.append(label[..., 0] if label.ndim == image.ndim else label)
-    called = record.get("id")
-    places.append(called.decode() if type(called) is bytes else f"{name} {len(places)}")
-  return _dataset(name, _stack(places, images), _stack(places, labels), places, names)
+def checked(
+  place: Any,
+  images: np.ndarray | Rows,
+  labels: np.ndarray | Rows,
+  *,
+  names: list[str] | Rows,
+  class_names: Sequence[str] | np.ndarray | None = None,
+) -> Dataset:
+  """The data set of a whole source, once its parts are seen to fit.
 
+  Lazy masks, and lazy images if they are float, are read once for their range.
 
-def _all(name, records):
-  try:
-    return list(records)
-  except (RuntimeError, OSError, ValueError) as error:
-    raise ValueError(
-      f"the files of TFDS data set {name!r} are torn ({error}); prepare it again."
-    ) from error
+  Args:
+    place: the source, for messages.
+    images: as in `Dataset`; of grey ones the last axis may be missing.
+    labels: of any integer type, or bool.
+    names: N of them.
+    class_names: `None` to number the classes that there are.
 
+  Returns:
+    A `Dataset`.
 
-def _dataset(place, images, labels, names, class_names):
-  """The checked data set of a whole source."""
+  Raises:
+    ValueError: for what does not fit, with the remedy.
+  """
   if images.ndim == 3:
     images = images[..., None]
   _check_images(place, images, labels)
@@ -253,12 +195,12 @@ def _dataset(place, images, labels, names, class_names):
       f"{place} has label {wrong}, outside its {classes} classes 0..{classes - 1}; "
       "mend the labels or `class_names`."
     )
-  if known is None:
+  if class_names is None:
     count = labels.shape[1] if is_set else classes
     class_names = [f"class {k}" for k in range(count)]
   ids = np.arange(len(images), dtype=np.int64)
   return Dataset(
-    images, labels.astype(np.int32), ids, list(names), tuple(map(str, class_names))
+    images, labels.astype(np.int32), ids, names, tuple(map(str, class_names))
   )
 
 

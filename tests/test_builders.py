@@ -55,7 +55,7 @@ def _built(name, tree, out, side=8):
   """Counts by part, and the data set of a part."""
   built = building.build(name, tree, side=side, out=out)
   assert built.name == f"{name}/{side}"
-  return built, lambda part: sources.load_tfds(built.name, split=part, data_dir=out)
+  return built, lambda part: data.load_tfds(built.name, split=part, data_dir=out)
 
 
 def _classes(dataset):
@@ -465,7 +465,7 @@ def test_what_is_missing_is_named_with_where_to_get_it(name, tree, out):
   )
   assert not out.exists() or not list(out.rglob("dataset_info.json"))
   with pytest.raises(FileNotFoundError, match=f"jaxadv build {name} --manual-dir"):
-    sources.load_tfds(name, data_dir=out)
+    data.load_tfds(name, data_dir=out)
 
 
 def test_tfds_builds_them_itself(tree, out):
@@ -476,7 +476,7 @@ def test_tfds_builds_them_itself(tree, out):
   builder = tfds.builder("isic2017_segmentation/128", data_dir=str(out))
   config = tfds.download.DownloadConfig(manual_dir=str(tree))
   builder.download_and_prepare(download_config=config)
-  got = sources.load_tfds("isic2017_segmentation/128", split="train", data_dir=out)
+  got = data.load_tfds("isic2017_segmentation/128", split="train", data_dir=out)
   assert got.images.shape == (2, 128, 128, 3)
   with pytest.raises(building.BuildError, match="is there already; delete it"):
     building.build("isic2017_segmentation", tree, side=128, out=out)
@@ -528,10 +528,8 @@ def test_a_pack_comes_back_bit_for_bit(kind, tmp_path, out):
   built = building.convert(path, "mine", out=out)
   assert sum(built.counts.values()) == 10
   for part in built.counts:
-    _same(
-      data.load(path, split=part), sources.load_tfds("mine", split=part, data_dir=out)
-    )
-  whole = sources.load_tfds("mine", data_dir=out)
+    _same(data.load(path, split=part), data.load_tfds("mine", split=part, data_dir=out))
+  whole = data.load_tfds("mine", data_dir=out)
   assert sorted(whole.names) == sorted(data.load(path).names)
 
 
@@ -541,7 +539,7 @@ def test_one_volume_and_every_fifth_image(tmp_path, out):
   assert building.convert(tmp_path / "volume.npz", "volume", out=out).counts == {
     "train": 1
   }
-  _same(data.load(tmp_path / "volume.npz"), sources.load_tfds("volume", data_dir=out))
+  _same(data.load(tmp_path / "volume.npz"), data.load_tfds("volume", data_dir=out))
   path = _pack(tmp_path / "pack.npz", split=None)
   assert building.convert(path, "fifth", out=out).counts == {"train": 8, "test": 2}
 
@@ -578,7 +576,7 @@ def test_a_folder_comes_back_bit_for_bit(values, tmp_path, out):
   folder = _folder(tmp_path / "f", values=values)
   assert building.convert(folder, "mine", out=out).counts == {"train": 5, "test": 1}
   for part in ("train", "test"):
-    got = sources.load_tfds("mine", split=part, data_dir=out)
+    got = data.load_tfds("mine", split=part, data_dir=out)
     _same(data.load(folder, split=part), got)
 
 
@@ -588,13 +586,13 @@ def test_a_folder_of_parts_resized_and_of_16_bits(tmp_path, out):
   building.convert(tmp_path / "f", "mine", side=8, out=out)
   for part in ("train", "val"):
     want = sources.load_folder(tmp_path / "f", split=part, size=8)
-    _same(want, sources.load_tfds("mine", split=part, data_dir=out))
+    _same(want, data.load_tfds("mine", split=part, data_dir=out))
   deep = _folder(tmp_path / "deep", 1)
   pixels = RNG.integers(0, 65536, (6, 8)).astype(np.uint16)
   (deep / "images" / "p0.jpg").unlink()
   Image.fromarray(pixels).save(deep / "images" / "p0.png")
   building.convert(deep, "deep", out=out)
-  _same(data.load(deep), sources.load_tfds("deep", data_dir=out))
+  _same(data.load(deep), data.load_tfds("deep", data_dir=out))
 
 
 def test_folders_that_do_not_fit_leave_nothing(tmp_path, out):
@@ -682,11 +680,11 @@ def test_a_killed_build_leaves_nothing_that_looks_prepared(tmp_path, out):
   (left,) = (out / "mine").iterdir()
   assert left.name.startswith("incomplete")
   with pytest.raises(FileNotFoundError, match="no data set 'mine'"):
-    sources.load_tfds("mine", data_dir=out)
+    data.load_tfds("mine", data_dir=out)
   building.convert(folder, "mine", out=out)
   _same(
     data.load(folder, split="train"),
-    sources.load_tfds("mine", split="train", data_dir=out),
+    data.load_tfds("mine", split="train", data_dir=out),
   )
 
 
@@ -741,6 +739,4 @@ def test_a_real_pack(name, out):
     pytest.skip(f"the data pack {name} is not on this machine")
   building.convert(path, "mine", out=out)
   for part in ("train", "test"):
-    _same(
-      data.load(path, split=part), sources.load_tfds("mine", split=part, data_dir=out)
-    )
+    _same(data.load(path, split=part), data.load_tfds("mine", split=part, data_dir=out))

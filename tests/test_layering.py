@@ -22,7 +22,8 @@ ROOT = pathlib.Path(jaxadv.__file__).parent
 GROUND = {"masks", "inputs", "filters"}
 PARTS = {"threats", "losses", "targets", "forwards", "apgd", "transforms"}
 PARTS |= {"similarity"}
-SIDE = {"synthetic", "pictures", "builders", "sources", "pairing", "data"}
+SIDE = {"synthetic", "lazy", "pictures", "builders", "sources", "tfds_source"}
+SIDE |= {"streams", "pairing", "data"}
 ALLOWED = {
   "masks": set(),
   "inputs": set(),
@@ -107,7 +108,8 @@ ONLY = {
   "xlrd": {"builders"},
   "orbax": {"checkpoints"},
   "tensorflow": set(),
-  "tensorflow_datasets": {"sources", "builders", "building"},
+  "tensorflow_datasets": {"tfds_source", "builders", "building"},
+  "grain": {"streams"},
   "dm_pix": {"metrics", "forwards", "augment"},
   "matplotlib": {"report", "analysis_plots"},
   "jinja2": {"report"},
@@ -215,7 +217,8 @@ def test_the_library_does_not_know_the_application():
 
 
 def test_importing_the_package_is_light_and_brings_no_heavy_neighbour():
-  heavy = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "PIL")
+  heavy = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "grain")
+  heavy += ("matplotlib", "PIL")
   loaded = run(f"import jaxadv, sys; print([m for m in {heavy} if m in sys.modules])")
   assert loaded == "[]"
 
