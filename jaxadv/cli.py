@@ -1,4 +1,4 @@
-"""The command line: `jaxadv attack`, `uap`, `defend`, `analyse` and `train`."""
+"""The command line: `jaxadv attack`, `uap`, `defend`, `analyse`, `train`, `build`."""
 
 import argparse
 import importlib.util
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
   if missing:
     return _refuse(f"{', '.join(missing)} missing; run: pip install 'jaxadv[report]'")
+  if options.command == "build":
+    return _build(options)
   # Imported late: a misspelt option should not wait for jax.
   from jaxadv import (
     checkpoints,
@@ -71,6 +73,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except preemption.Preempted as stop:
     _refuse(str(stop))
     return stop.status
+
+
+def _build(options):
+  from jaxadv import builders, building, progress
+
+  known = options.source in builders.BUILDERS
+  if known != bool(options.manual_dir) or known == bool(options.name):
+    return _refuse(
+      f"{options.source!r} is {'a' if known else 'no'} builder; write NAME "
+      "--manual-dir DIR for a published data set, or FOLDER_OR_PACK --name NAME for "
+      f"your own. The builders are {', '.join(builders.BUILDERS)}"
+    )
+  shown = progress.terminal if options.progress else progress.silent
+  settings = {"out": options.out, "progress": shown, "side": options.side}
+  try:
+    if known:
+      built = building.build(options.source, options.manual_dir, **settings)
+    else:
+      built = building.convert(options.source, options.name, **settings)
+  except building.BuildError as error:
+    return _refuse(str(error))
+  print(", ".join(f"{part} {count}" for part, count in built.counts.items()))
+  for part, count in built.left_out.items():
+    print(f"left out of {part}: {count} images of patients who are in a later part")
+  print(f"load it as: tfds:{built.name}")
+  return _done(built.path)
 
 
 def _attack(options):
@@ -196,7 +224,24 @@ def _parser() -> argparse.ArgumentParser:
     ("train", "train and evaluate the victims of any config, and nothing else"),
   ):
     _add_options(commands.add_parser(name, help=meaning, allow_abbrev=False))
+  meaning = "turn a download, a folder or a pack into a TFDS data set"
+  _add_build_options(commands.add_parser("build", help=meaning, allow_abbrev=False))
   return parser
+
+
+def _add_build_options(command):
+  command.add_argument(
+    "source",
+    metavar="SOURCE",
+    help="such as isic2017_segmentation, or a folder or pack",
+  )
+  command.add_argument("--manual-dir", help="folder of the unpacked download")
+  command.add_argument("--name", help="of the data set that a folder or pack becomes")
+  command.add_argument("--out", help="folder of all data sets [$TFDS_DATA_DIR]")
+  command.add_argument("--side", type=int, metavar="N", help="stretch images to N x N")
+  command.add_argument(
+    "--no-progress", dest="progress", action="store_false", help="no progress lines"
+  )
 
 
 def _add_options(command):

@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from jaxadv import pictures
 from jaxadv.lazy import Rows, select
 
 __all__ = ["Dataset", "checked", "load_folder", "load_npz", "take"]
-
-_SUFFIXES = ("", "_mask", "_segmentation", "_Segmentation")
-_MOST_CLASSES = 32  # above that, a mask holds grey values and not class indices
 
 
 class Dataset(NamedTuple):
@@ -107,13 +105,14 @@ def load_folder(
   path = pathlib.Path(path)
   if split is not None and (path / split / "images").is_dir():
     path, split = path / split, None
-  files = _files(path / "images")
-  masks = _files(path / "masks")
-  partners = [_partner(file, masks) for file in files.values()]
-  images = [_read(file, size, Image.Resampling.BILINEAR) for file in files.values()]
-  labels = [_read(file, size, Image.Resampling.NEAREST) for file in partners]
+  files = pictures.listed(path / "images")
+  masks = pictures.listed(path / "masks")
+  partners = [pictures.partner(file, masks) for file in files.values()]
+  bilinear, nearest = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
+  images = [pictures.read(file, size, bilinear) for file in files.values()]
+  labels = [pictures.read(file, size, nearest) for file in partners]
   names = list(files)
-  mask_array = _as_classes(path, _stack(partners, labels))
+  mask_array = pictures.as_classes(path, _stack(partners, labels))
   stacked = _stack(list(files.values()), images)
   dataset = checked(path, stacked, mask_array, names=names)
   return take(dataset, _select(path, len(names), split, None))
@@ -142,42 +141,6 @@ def _pack_arrays(path, arrays):
   return images, label
 
 
-def _files(folder):
-  """Visible files by name without ending, in order."""
-  if not folder.is_dir():
-    raise FileNotFoundError(
-      f"there is no folder {folder}; put pictures into images/ and one mask each, of "
-      "the same name, into masks/."
-    )
-  files = sorted(f for f in folder.iterdir() if f.is_file() and f.name[0] != ".")
-  if not files:
-    raise FileNotFoundError(f"{folder} is empty.")
-  return {file.stem: file for file in files}
-
-
-def _partner(file, masks):
-  for suffix in _SUFFIXES:
-    if file.stem + suffix in masks:
-      return masks[file.stem + suffix]
-  raise FileNotFoundError(f"{file} has no mask; write masks/{file.stem}.png beside it.")
-
-
-def _read(file, size, how):
-  """Pixels of one picture as stored: uint8, palette indices, or float32 for 16 bits."""
-  try:
-    with Image.open(file) as opened:
-      picture = opened.copy()
-  except (UnidentifiedImageError, OSError, SyntaxError) as error:
-    raise ValueError(f"{file} is torn or no picture ({error}).") from error
-  if how == Image.Resampling.BILINEAR and picture.mode not in ("L", "I;16", "I", "F"):
-    picture = picture.convert("RGB")
-  deep = picture.mode in ("I;16", "I")
-  picture = picture.convert("F") if deep else picture
-  picture = picture if size is None else picture.resize((size, size), how)
-  pixels = np.asarray(picture)
-  return pixels / np.float32(65535) if deep else pixels
-
-
 def _stack(places, arrays):
   for place, array in zip(places, arrays, strict=True):
     if array.shape != arrays[0].shape or array.dtype != arrays[0].dtype:
@@ -187,27 +150,6 @@ def _stack(places, arrays):
         "load_folder(path, size=128)."
       )
   return np.stack(arrays)
-
-
-def _as_classes(path, masks):
-  """Class indices; 0 and 255, and pictures with equal channels, are understood."""
-  if masks.ndim == 4:
-    colors = masks[..., :3]
-    if (colors != colors[..., :1]).any():
-      raise ValueError(
-        f"the masks in {path} are coloured; save class indices, or 0 and 255, as "
-        "greyscale PNG."
-      )
-    masks = masks[..., 0]
-  values = np.unique(masks)
-  if set(values.tolist()) <= {0, 255}:
-    return masks > 0
-  if values[-1] >= _MOST_CLASSES or masks.dtype == np.float32:
-    raise ValueError(
-      f"the masks in {path} hold grey values such as {values[-1]}; save class indices, "
-      "or 0 and 255, as PNG (JPEG smears them)."
-    )
-  return masks
 
 
 def checked(

@@ -13,7 +13,7 @@ from jaxadv.lazy import Rows
 
 __all__ = ["load_tfds"]
 
-_LABELS = ("segmentation_mask", "mask", "label")
+_LABELS = ("segmentation_mask", "mask", "label", "labels")
 # What the readers and decoders raise, each for another kind of damage.
 _TORN = (RuntimeError, OSError, ValueError, IndexError, SyntaxError)
 
@@ -27,8 +27,10 @@ def load_tfds(
 ) -> sources.Dataset:
   """Loads a prepared TFDS data set; needs no TensorFlow.
 
-  Reads the feature `image`, and `segmentation_mask`, `mask` or `label`. Without
-  TensorFlow TFDS reads the array_record format only, so nothing is prepared here.
+  Reads the feature `image`, and `segmentation_mask`, `mask`, `label` or `labels`; the
+  last is a sequence of the classes an image has, and becomes a label set. `id` gives
+  the names, where there is one. Without TensorFlow TFDS reads the array_record format
+  only, so nothing is prepared here.
 
   Args:
     name: TFDS name, such as `"oxford_iiit_pet"` or `"mnist:3.0.1"`.
@@ -50,29 +52,36 @@ def load_tfds(
   builder, split = _builder(name, data_dir), split or "all"
   features = builder.info.features
   key = next((key for key in _LABELS if key in features), None)
-  if key is None or "image" not in features:
+  class_names = getattr(features[key], "names", None) if key else None
+  if key is None or (key == "labels" and not class_names) or "image" not in features:
     raise ValueError(
       f"TFDS data set {name!r} has the features {', '.join(features)}; this needs "
-      f"`image` and one of {', '.join(_LABELS)}."
+      f"`image` and one of {', '.join(_LABELS)}, the last with class names."
     )
   images = _rows(name, builder, split, "image")
   labels = _rows(name, builder, split, key)
-  arrays, names = [images, labels], _names(name, len(images))
+  arrays, names = [images, labels], _names(name, builder, split, len(images))
   if labels.ndim < 3:  # classes and label sets are small
     arrays = [images, np.asarray(labels)]
   if images.nbytes + labels.nbytes <= memory:
     arrays, names = [*map(np.asarray, arrays)], names[:].tolist()
-  class_names = getattr(features[key], "names", None)
   return sources.checked(name, *arrays, names=names, class_names=class_names)
 
 
 def _builder(name, data_dir):
   import tensorflow_datasets as tfds  # slow to import, and only wanted here
 
+  from jaxadv import builders  # registers ours
+
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
   except tfds.core.registered.DatasetNotFoundError as error:
     raise FileNotFoundError(f"TFDS has no data set {name!r}.") from error
+  if builder.name in builders.BUILDERS and not builder.is_prepared():
+    raise FileNotFoundError(
+      f"TFDS data set {name!r} is not prepared in {builder.data_path}. Run once: "
+      f"jaxadv build {builder.name} --manual-dir DIR; docs/data.md says what is in DIR."
+    )
   if not builder.is_prepared():
     raise FileNotFoundError(
       f"TFDS data set {name!r} is not prepared in {builder.data_path}. With "
@@ -96,6 +105,8 @@ def _rows(name, builder, split, key):
       ) from error
     if key == "image":
       return found[..., None] if found.ndim == 2 else found
+    if key == "labels":
+      return np.isin(np.arange(builder.info.features[key].num_classes), found)
     return found[..., 0] if found.ndim > 2 and found.shape[-1] == 1 else found
 
   first = row(0)
@@ -142,7 +153,17 @@ def _origin(info, split, key):
   return f"{info.full_name} {split} {key} {files}"
 
 
-def _names(name, total):
-  dtype = np.array(f"{name} {total}").dtype
-  read = lambda places: np.array([f"{name} {place}" for place in places], dtype)
+def _names(name, builder, split, total):
+  """What the records are called, or else their numbers."""
+  import tensorflow_datasets as tfds
+
+  features = builder.info.features
+  if "id" in features and isinstance(features["id"], tfds.features.Text):
+    records = _records(name, builder, split, "id")
+    called = lambda place: records[int(place)]["id"].decode()
+    dtype = np.dtype(object)
+  else:
+    called = lambda place: f"{name} {place}"
+    dtype = np.array(f"{name} {total}").dtype
+  read = lambda places: np.array([called(place) for place in places], dtype)
   return Rows(read, (total,), dtype, name)

@@ -22,7 +22,8 @@ ROOT = pathlib.Path(jaxadv.__file__).parent
 GROUND = {"masks", "inputs", "filters"}
 PARTS = {"threats", "losses", "targets", "forwards", "apgd", "transforms"}
 PARTS |= {"similarity"}
-SIDE = {"synthetic", "lazy", "sources", "tfds_source", "streams", "pairing", "data"}
+SIDE = {"synthetic", "lazy", "pictures", "builders", "sources", "tfds_source"}
+SIDE |= {"streams", "pairing", "data"}
 ALLOWED = {
   "masks": set(),
   "inputs": set(),
@@ -64,11 +65,12 @@ LIBRARY = {*ALLOWED, "jaxadv"}  # `import jaxadv` reads the version
 APPLICATION = {
   "__main__": {"cli"},
   "analysis_plots": {"analysis"},
+  "building": LIBRARY | {"progress"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
   | {"distributed", "sharding"}
   | {"checkpoints", "preemption"}
   | {"job", "universal_job", "universal_report", "victim_job"}
-  | {"analysis_job", "defence_job", "defence_report"},
+  | {"analysis_job", "defence_job", "defence_report", "builders", "building"},
   "analysis_job": LIBRARY
   | {"analysis_plots", "defence_job", "defence_report", "inspection", "records"}
   | {"report", "victim_job"},
@@ -116,16 +118,18 @@ ONLY = {
   "safetensors": set(),
   "torch": set(),
   "keras": set(),
+  "nibabel": {"builders"},
+  "xlrd": {"builders"},
   "orbax": {"checkpoints"},
   "tensorflow": set(),
-  "tensorflow_datasets": {"tfds_source"},
+  "tensorflow_datasets": {"tfds_source", "builders", "building"},
   "grain": {"streams"},
   "dm_pix": {"metrics", "forwards", "augment"},
   "matplotlib": {"report", "analysis_plots"},
   "jinja2": {"report"},
   "sklearn": {"analysis"},
   "rich": {"progress", "summaries", "report", "cli"},
-  "PIL": {"job", "report", "sources"},
+  "PIL": {"job", "report", "sources", "pictures", "builders", "building"},
 }
 
 
