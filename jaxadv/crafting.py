@@ -150,12 +150,13 @@ def stream(
   part: Part, plan: Plan, *, start: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
   """The stream of training batches, with the clean decisions beside the truth."""
-  place = {int(number): n for n, number in enumerate(part.dataset.ids)}
+  ids = part.dataset.ids
+  places = np.argsort(ids)
   batches = data.batches(
     part.dataset, plan.batch, seed=plan.seed, start=start, shard=sharding.share()
   )
   for batch in batches:
-    seen = [place[int(number)] for number in batch["id"]]
+    seen = places[np.searchsorted(ids, batch["id"], sorter=places)]
     yield batch | {"decision": part.before[seen]}
 
 
