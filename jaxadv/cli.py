@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   Returns:
     0 when the command did its work; 2, after one line on stderr, for bad input and for
     a disk that cannot be written; 143 or 130 when it was stopped by SIGTERM or SIGINT
-    and has stored what the same command goes on from.
+    and has stored what the same command goes on from. Of several processes, those
+    that lose another one end with status 70.
 
   Example:
     >>> main(["attack", "no-such-config.py"])
@@ -66,7 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.distributed or distributed.wanted():
       distributed.start()
     mesh = distributed.mesh(options.devices)
-    with preemption.watch(), sharding.use(mesh), distributed.one_speaks():
+    with (
+      preemption.watch(),
+      sharding.use(mesh),
+      distributed.one_speaks(),
+      distributed.guarded(),
+    ):
       return commands[options.command](options)
   except (*refused, checkpoints.SaveError, distributed.Refused) as error:
     return _refuse(str(error))

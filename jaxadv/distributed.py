@@ -21,12 +21,17 @@ __all__ = [
   "Refused",
   "barrier",
   "by_first",
+  "guarded",
   "is_first",
   "mesh",
   "one_speaks",
   "start",
   "wanted",
 ]
+
+_SECONDS = 30  # in which a process that is gone, or hangs, is noticed by the others
+_LOST = 70  # exit status of a process that stops because another one is gone
+_SIGNS = ("Gloo", "UNAVAILABLE", "heartbeat", "Connection", "coordination service")
 
 
 class Refused(ValueError):
@@ -55,7 +60,10 @@ def start() -> None:
   number = lambda name: int(os.environ[name]) if name in os.environ else None
   try:
     jax.distributed.initialize(
-      num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
+      num_processes=number("JAX_NUM_PROCESSES"),
+      process_id=number("JAX_PROCESS_ID"),
+      heartbeat_timeout_seconds=_SECONDS,
+      shutdown_timeout_seconds=_SECONDS,
     )
   except (ValueError, RuntimeError) as error:
     raise Refused(
@@ -102,6 +110,27 @@ def barrier(name: str) -> None:
 def is_first() -> bool:
   """Whether this process writes files and speaks to the user."""
   return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+  """Inside the block a process ends at once, with one line, when another one is gone.
+
+  An orderly end would wait for the dead. A process that hangs cannot be told from a
+  slow one: JAX aborts the others after half a minute, with a long message of its own.
+  """
+  try:
+    yield
+  except (ValueError, RuntimeError) as error:
+    reason = str(error)
+    if jax.process_count() == 1 or not any(sign in reason for sign in _SIGNS):
+      raise
+    line = (
+      f"jaxadv: process {jax.process_index()} stops, another one is gone "
+      f"({reason.strip().splitlines()[0][:160]}); the same command goes on from here\n"
+    )
+    os.write(2, line.encode())  # a print could wait for a lock
+    os._exit(_LOST)
 
 
 @contextlib.contextmanager

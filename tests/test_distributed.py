@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -152,6 +153,35 @@ def test_every_process_writes_its_own_rows_and_they_are_those_of_one(folder):
   alone(folder, "attack", "--out", str(two))
   again = rows(two / "rows.csv") + rows(two / "rows-0001.csv")
   assert sorted(again, key=lambda row: int(row["pair"])) == rows(one / "rows.csv")
+
+
+@pytest.mark.parametrize("killed", [1, 0])
+def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(folder, killed):
+  """Both are killed once, in training; two started anew end with the bits of one."""
+  one, place = folder / "one", folder / f"killed-{killed}"
+  if not one.exists():
+    alone(folder, "uap", "--out", str(one))
+  started = start(2, "uap", folder / "uap.py", "--out", place)
+  wait_for(place / "victims" / "small" / "checkpoints" / "step_00000004", started)
+  started[killed].kill()
+  began = time.monotonic()
+  status, _, error = finish(started, seconds=90)[1 - killed]
+  assert time.monotonic() - began < 60
+  if status != -signal.SIGABRT or killed == 1:  # the first keeps JAX's own service
+    assert status == 70, error
+    assert "another one is gone" in error
+    assert "Traceback" not in error
+  ended = finish(start(2, "uap", folder / "uap.py", "--out", place))
+  assert [status for status, *_ in ended] == [0, 0], ended
+  assert same(one, place, "perturbations/small/*/*/uap.npy") == 3
+
+
+def wait_for(path, started):
+  deadline = time.monotonic() + 120
+  while not path.exists():
+    assert all(process.poll() is None for process in started)
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
 
 
 def test_what_the_first_process_refuses_ends_all_of_them(folder):
