@@ -12,8 +12,8 @@ demo: .venv/installed-report ## Trains a U-Net, attacks it and writes runs/demo/
 test: .venv/installed-dev lint ## Lint, format, types, tests, doctests, coverage
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
 
-test-long: .venv/installed-dev ## Kills runs at twenty random moments; minutes
-	$(BIN)/python -m pytest -m long tests
+test-long: .venv/installed-dev ## Kills runs at twenty random moments, large networks
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m long tests
 
 parity: .venv/installed-dev .venv/installed-parity ## Compares with networks of PyTorch
 	$(BIN)/python -m pytest tests/test_convert.py tests/test_frameworks.py

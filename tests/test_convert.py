@@ -60,7 +60,13 @@ KERAS = {
 }
 
 
-@pytest.mark.parametrize("name", KERAS)
+LARGE = ("densenet121", "inception_resnet_v2")  # a minute each to compile twice
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=pytest.mark.long if n in LARGE else ()) for n in KERAS],
+)
 def test_keras_weights_give_the_same_logits_and_gradients(name, tmp_path):
   ours, theirs, side = KERAS[name]
 

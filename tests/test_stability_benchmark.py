@@ -64,6 +64,7 @@ def test_two_classes_are_marked_as_a_confound(script):
   assert "no gain can show at equal gradients" in script.tables(got)
 
 
+@pytest.mark.long
 def test_the_command_keeps_its_victims_and_comparisons(
   script, discs, tmp_path, capsys, monkeypatch
 ):

@@ -219,6 +219,7 @@ def test_the_benchmark_of_retraining_resumes(finished, capsys):
   assert table(capsys.readouterr().out) == found
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_with_the_same_bits(pack, tmp_path):
   config = write_config(tmp_path, pack, steps=40)
   killed, whole = tmp_path / "killed", tmp_path / "whole"

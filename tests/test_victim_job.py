@@ -347,7 +347,16 @@ REAL = {"train_blood": 0.7, "train_modality": 0.7, "train_pneumonia": 0.7}
 REAL |= {"train_retinopathy": 0.0, "train_blood_lite0": 0.2}
 
 
-@pytest.mark.parametrize(("name", "reach"), REAL.items())
+SLOW = ("train_blood_lite0",)  # minutes to compile
+
+
+@pytest.mark.parametrize(
+  ("name", "reach"),
+  [
+    pytest.param(*row, marks=pytest.mark.long if row[0] in SLOW else ())
+    for row in REAL.items()
+  ],
+)
 def test_the_real_packs(name, reach, tmp_path):
   path = os.path.join(os.path.dirname(__file__), "..", "configs", f"{name}.py")
   try:
