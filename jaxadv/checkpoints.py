@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxadv import manifests
+from jaxadv import distributed, manifests, preemption, sharding
 
 __all__ = ["SaveError", "Saver", "latest", "restore", "save"]
 
@@ -121,14 +121,19 @@ class Saver(contextlib.AbstractContextManager):
       return
     pending, self._pending = self._pending, None
     with self._explained(self._step):
-      pending.result()
-    if jax.process_count() > 1:  # process 0 may rename after the others are done
-      multihost_utils.sync_global_devices(f"saved {self._step}")
+      failure = pending.exception()
+      if jax.process_count() > 1:  # process 0 may rename after the others are done
+        failed = multihost_utils.process_allgather(np.bool_(failure is not None))
+        if failure is None and failed.any():
+          failure = OSError("another process could not write it")
+      if failure is not None:
+        raise failure
 
-  def __exit__(self, *error: object) -> None:
-    """Waits for the last save."""
+  def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    """Waits for the last save, but after an error not for other processes."""
     try:
-      self.wait()
+      if kind in (None, preemption.Preempted) or jax.process_count() == 1:
+        self.wait()
     finally:
       self._thread.shutdown()
       with self._explained(self._step):  # Orbax may raise a second time
@@ -155,7 +160,8 @@ class Saver(contextlib.AbstractContextManager):
       yield
     except Exception as error:
       # Half a checkpoint is of no use, and the room may be needed.
-      shutil.rmtree(self._directory / "unfinished", ignore_errors=True)
+      if distributed.is_first():
+        shutil.rmtree(self._directory / "unfinished", ignore_errors=True)
       left = (_steps(self._directory) or [None])[-1]
       kept = "no checkpoint is left" if left is None else f"step {left} is kept"
       raise SaveError(
@@ -195,8 +201,7 @@ def latest(directory: PathLike) -> int | None:
     >>> print(latest("no-such-folder"))
     None
   """
-  step = _decided(lambda: (_steps(directory) or [-1])[-1])
-  return None if step < 0 else step
+  return distributed.by_first(lambda: (_steps(directory) or [None])[-1])
 
 
 def restore(
@@ -223,7 +228,8 @@ def restore(
     The saved state, bit for bit.
 
   Raises:
-    FileNotFoundError: when there is no such checkpoint.
+    FileNotFoundError: when there is no such checkpoint; of several processes in the
+      first one, the others raise `ValueError`.
     ValueError: when the checkpoints are torn, or the one chosen is of other settings or
       holds other leaves than `like`.
 
@@ -234,30 +240,12 @@ def restore(
     >>> restore(folder, like)["w"].tolist()
     [1.0, 1.0, 1.0]
   """
-  step = _decided(lambda: _newest_whole(directory, step))
-  if step < 0:
-    raise ValueError(f"process 0 can read no checkpoint in {directory}; it says why.")
+  step = distributed.by_first(_newest_whole, directory, step)
   folder = _folder(directory, step)
   manifests.check(folder, manifests.leaves(like), settings)
   with ocp.StandardCheckpointer() as checkpointer:
     state = checkpointer.restore(folder / "state", jax.tree.map(_place, like))
   return jax.tree.map(_bound_as, state, like)
-
-
-def _decided(choose):
-  """What process 0 chooses; -1 on the others where it raises."""
-  if jax.process_count() == 1:
-    return choose()
-  step, failed = -1, None
-  if jax.process_index() == 0:
-    try:
-      step = choose()
-    except (OSError, ValueError) as error:
-      failed = error
-  step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-  if failed:
-    raise failed
-  return step
 
 
 def _newest_whole(directory, step):
@@ -292,10 +280,7 @@ def _place(leaf):
 def _bound_as(leaf, like):
   if _is_bound(like) or not isinstance(leaf, jax.Array):
     return leaf
-  if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    return jnp.asarray(np.asarray(leaf))
-  data = jnp.asarray(np.asarray(jax.random.key_data(leaf)))
-  return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+  return sharding.unbound(leaf)
 
 
 def _folder(directory, step):

@@ -38,7 +38,7 @@ def load_config(path: str | pathlib.Path, *, quick: bool = False) -> Config:
   """Reads a config file and builds its experiment.
 
   Args:
-    path: a Python file with `get_config(*, quick=False)`, see above.
+    path: a Python file with `get_config(*, quick=False)`, see `jaxadv.experiments`.
     quick: passed on.
 
   Returns:

@@ -102,7 +102,7 @@ def craft(
     batches = sharding.feed(mesh, batches)
   step = functools.partial(_step, rule, subject.predict, mesh, aim, variables)
   saving: contextlib.AbstractContextManager = contextlib.nullcontext()
-  if folder is not None and plan.steps:
+  if folder is not None and done < plan.steps:
     saving = checkpoints.Saver(folder, state, settings=settings)
 
   def after(n, state, metrics):
@@ -117,7 +117,7 @@ def craft(
 
   with saving as saver:
     state = loops.fit(step, state, batches, num_steps=plan.steps - done, on_step=after)
-  return state if mesh is None else sharding.local(state)
+  return sharding.local(state)
 
 
 def program(plan: Plan, dataset: data.Dataset, outputs: Any) -> str:
@@ -196,13 +196,10 @@ def _start(rule, key, image, aim):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _step(rule, predict, mesh, aim, variables, state, batch):
-  step = _build(rule, aim).step
-  if "axis_name" not in dict(rule[-1]):
-    return step(functools.partial(predict, variables), state, batch)
-
   def on_each(given, batch):
     aim, variables, state = given
-    own = functools.partial(predict, variables)
-    return _build(rule, aim).step(own, state, batch)
+    return _build(rule, aim).step(functools.partial(predict, variables), state, batch)
 
-  return sharding.data_parallel(on_each, mesh)((aim, variables, state), batch)
+  mapped = "axis_name" in dict(rule[-1])
+  step = sharding.data_parallel(on_each, mesh) if mapped else on_each
+  return step((aim, variables, state), batch)

@@ -227,7 +227,7 @@ def _spread(run):
 
 def _moments(images):
   """Mean and mean square per image and channel, `(B, 2, C)`."""
-  pixels = data.as_float(images).astype(float)
+  pixels = np.asarray(data.as_float(images), float)  # JAX's have 32 bits
   pixels = pixels.reshape(len(images), -1, images.shape[-1])
   return np.stack([pixels.mean(1), np.square(pixels).mean(1)], 1)
 

@@ -31,7 +31,7 @@ __all__ = [
 
 _SECONDS = 30  # in which a process that is gone, or hangs, is noticed by the others
 _LOST = 70  # exit status of a process that stops because another one is gone
-_SIGNS = ("Gloo", "UNAVAILABLE", "heartbeat", "Connection", "coordination service")
+_SIGNS = ("Gloo", "UNAVAILABLE", "heartbeat", "Connection", "barrier", "coordination")
 
 
 class Refused(ValueError):
@@ -42,9 +42,12 @@ def wanted() -> bool:
   """Whether the environment says that this is one process of several.
 
   `$JAX_NUM_PROCESSES` above one, or the hosts of a TPU pod slice.
+
+  Raises:
+    Refused: for a variable that is no number.
   """
   hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-  return int(os.environ.get("JAX_NUM_PROCESSES", "1")) > 1 or "," in hosts
+  return (_number("JAX_NUM_PROCESSES") or 1) > 1 or "," in hosts
 
 
 def start() -> None:
@@ -57,11 +60,10 @@ def start() -> None:
   Raises:
     Refused: where the others cannot be found.
   """
-  number = lambda name: int(os.environ[name]) if name in os.environ else None
   try:
     jax.distributed.initialize(
-      num_processes=number("JAX_NUM_PROCESSES"),
-      process_id=number("JAX_PROCESS_ID"),
+      num_processes=_number("JAX_NUM_PROCESSES"),
+      process_id=_number("JAX_PROCESS_ID"),
       heartbeat_timeout_seconds=_SECONDS,
       shutdown_timeout_seconds=_SECONDS,
     )
@@ -70,6 +72,15 @@ def start() -> None:
       f"cannot join the other processes: {error} Set $JAX_COORDINATOR_ADDRESS, "
       "$JAX_NUM_PROCESSES and $JAX_PROCESS_ID, or leave out --distributed."
     ) from error
+  # Gloo gives them half a minute to find each other: while all of them are here.
+  barrier("started")
+
+
+def _number(name):
+  value = os.environ.get(name)
+  if value is not None and not value.isdecimal():
+    raise Refused(f"${name} is {value!r}; write a number.")
+  return None if value is None else int(value)
 
 
 def mesh(devices: int | None = None) -> Mesh:
@@ -114,14 +125,15 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-  """Inside the block a process ends at once, with one line, when another one is gone.
+  """Inside the block a process that meets the end of another one ends, with one line.
 
-  An orderly end would wait for the dead. A process that hangs cannot be told from a
-  slow one: JAX aborts the others after half a minute, with a long message of its own.
+  An orderly end would wait for the dead. Where JAX notices first, it aborts the process
+  with a long message of its own: at once when the first process is gone, which keeps
+  its service, and after half a minute when one hangs.
   """
   try:
     yield
-  except (ValueError, RuntimeError) as error:
+  except (OSError, ValueError, RuntimeError) as error:
     reason = str(error)
     if jax.process_count() == 1 or not any(sign in reason for sign in _SIGNS):
       raise
@@ -154,26 +166,24 @@ def by_first(function: Callable[..., Any], *arguments: Any) -> Any:
     A JSON value.
 
   Raises:
-    Refused: in the other processes, for an `OSError` or `ValueError` in the
-      first.
+    Refused: in the other processes, for any error in the first.
 
   Example:
     >>> by_first(max, 2, 3)
     3
   """
-  if jax.process_count() == 1:
-    return function(*arguments)
-  said: dict[str, Any] = {}
-  refusal = None
-  if is_first():
-    try:
-      with sharding.use(None):  # the others do not take part
+  with sharding.use(None):
+    if jax.process_count() == 1:
+      return function(*arguments)
+    said: dict[str, Any] = {}
+    if is_first():
+      try:
         said = {"value": function(*arguments)}
-    except (OSError, ValueError) as error:
-      refusal = error
+        json.dumps(said)
+      except Exception:
+        _told({})  # the others wait for a word
+        raise
   heard = _told(said)
-  if refusal is not None:
-    raise refusal
   if "value" not in heard:
     raise Refused("the first process refused to go on; it says why.")
   return heard["value"]

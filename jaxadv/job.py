@@ -33,7 +33,6 @@ from jaxadv import (
   preemption,
   records,
   report,
-  sharding,
   summaries,
   trials,
   victim_job,
@@ -199,20 +198,21 @@ def _attack_pairs(run, scene, name):
 
   Of several processes each takes whole batches, and writes their rows and images.
   """
-  process, processes = sharding.share()
+  process, processes = jax.process_index(), jax.process_count()
   recorded, open_batches = distributed.by_first(_open, run, scene, name)
   if not open_batches:
     return
+  known = set(recorded)
   size, total = run.experiment.attack_batch, len(scene.pairs.source)
   done = total - sum(map(len, open_batches))
   with run.progress(name, total, done) as advance:
     program = trials.compile_attack(scene, run.experiment.attacks[name], size)
     for first in range(0, len(open_batches), processes):
       turn, note = open_batches[first : first + processes], ""
-      for numbers in turn[process : process + 1]:
+      for numbers in turn[process : process + 1]:  # the last turn may be short
         rows, images = trials.run_batch(scene, program, numbers, size)
         _store(run, name, numbers, images)
-        new = [{"attack": name, **row} for row in rows if row["pair"] not in recorded]
+        new = [{"attack": name, **row} for row in rows if row["pair"] not in known]
         records.append_rows(_rows_path(run, process), new)
         note = f"IoU {np.mean([row['iou_8bit'] for row in rows]):.3f}"
       preemption.check()
@@ -243,7 +243,7 @@ def _recorded(run, scene, name):
     number, total = row["pair"], len(scene.pairs.source)
     pair = trials.place(scene, number) if number < total else {}
     if any(pair.get(end) != row[end] for end in ("source", "target")):
-      raise JobError(f"{run.folder}/rows.csv has rows of other pairs; delete it.")
+      raise JobError(f"{run.folder}/rows*.csv have rows of other pairs; delete them.")
     if row["attack"] == name:
       recorded.add(number)
   return recorded
@@ -252,7 +252,6 @@ def _recorded(run, scene, name):
 def _rows(run):
   """The rows as numbers, attacks in the order of the config, pairs in order."""
   order = {name: i for i, name in enumerate(run.experiment.attacks)}
-  path = _rows_path(run, 0)
   rows = [
     {name: _number(name, value) for name, value in row.items()}
     for shard in sorted(run.folder.glob("rows*.csv"))
@@ -260,7 +259,9 @@ def _rows(run):
   ]
   unknown = sorted({row["attack"] for row in rows} - order.keys())
   if unknown:
-    raise JobError(f"{path} has rows of {unknown}, not among the attacks; delete it.")
+    raise JobError(
+      f"{run.folder}/rows*.csv have rows of {unknown}, no attacks; delete them."
+    )
   return sorted(rows, key=lambda row: (order[row["attack"]], row["pair"]))
 
 

@@ -71,7 +71,7 @@ def over_batches(function: Callable[..., Any], *arrays: Any, size: int) -> np.nd
   """`function` of batches of one shape, so that it compiles once.
 
   With a mesh in use (`jaxadv.sharding.use`) every device works on a batch of its own,
-  of the same shape, and every process gets the whole result.
+  of the same shape, as JAX arrays, which have 32 bits; every process gets the whole.
 
   Args:
     function: `(B, ...)` arrays to an array `(B, ...)`, each example by itself.

@@ -90,10 +90,12 @@ def leaves(state: Any) -> dict[str, str]:
 
 def _checksums(folder):
   files = [path for path in folder.rglob("*") if path.is_file()]
-  return {
-    str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-    for path in files
-  }
+  return {str(path.relative_to(folder)): _checksum(path) for path in files}
+
+
+def _checksum(path):
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _own_checksum(about):

@@ -3,8 +3,9 @@
 A loop asks `requested()` after each step, saves its state and calls `check()`, which
 raises `Preempted`. A second signal stops the process at once, as without this file.
 
-With several processes one signal is enough: JAX tells the others, and all of them stop
-after the same step. It needs all processes to ask equally often, in the same order.
+With several processes one SIGTERM is enough, and SIGINT is not heard: JAX tells the
+others, and all of them stop after the same step. It needs all processes to ask equally
+often, in the same order.
 """
 
 import contextlib
@@ -40,24 +41,24 @@ class Preempted(Exception):
 def watch() -> Iterator[None]:
   """Notes signals inside the block instead of dying of them."""
   _seen.clear()
-  before = {number: signal.getsignal(number) for number in _SIGNALS}
+  mine = _SIGNALS if jax.process_count() == 1 else ()  # else SIGTERM is JAX's
+  before = {number: signal.getsignal(number) for number in mine}
 
   def note(number, frame):
     del frame
     _seen.append(number)
-    for each in _SIGNALS:
+    for each in mine:
       signal.signal(each, before[each])
     name = signal.Signals(number).name
     # A print could be inside another one.
     os.write(2, f"jaxadv: {name}: stops after this step, again: at once\n".encode())
 
-  if jax.process_count() == 1:  # of several, SIGTERM is JAX's own to handle
-    for number in _SIGNALS:
-      signal.signal(number, note)
+  for number in mine:
+    signal.signal(number, note)
   try:
     yield
   finally:
-    for number in _SIGNALS:
+    for number in mine:
       signal.signal(number, before[number])
 
 

@@ -165,7 +165,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def append_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Adds rows in one write that is on disk before this returns.
+  """Adds rows, of this process only, in one write that is on disk when this returns.
 
   Floats keep the nine digits that identify a float32.
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Sums", "each", "means", "parts", "total", "weighted"]
+__all__ = ["Sums", "count", "each", "means", "places", "total", "weighted"]
 
 
 class Sums(NamedTuple):
@@ -95,9 +95,20 @@ def each(
   return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), found)
 
 
-def parts(microbatches: int | None, axis_name: str | None) -> int:
+def count(microbatches: int | None, axis_name: str | None) -> int:
   """How many parts `total` adds up."""
   return microbatches or (1 if axis_name is None else jax.lax.axis_size(axis_name))
+
+
+def places(rows: int, axis_name: str | None = None) -> jax.Array:
+  """Where the rows of this device are in the whole batch.
+
+  Example:
+    >>> print(places(3))
+    [0 1 2]
+  """
+  place = jnp.arange(rows)
+  return place if axis_name is None else place + rows * jax.lax.axis_index(axis_name)
 
 
 def weighted(terms: Any, weight: jax.Array) -> Sums:

@@ -15,7 +15,6 @@ import collections
 import contextlib
 import contextvars
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -33,13 +32,13 @@ __all__ = [
   "data_parallel",
   "feed",
   "fitting",
-  "gather",
   "local",
   "mesh",
   "put",
   "scatter",
   "share",
   "spread",
+  "unbound",
   "use",
 ]
 
@@ -110,7 +109,7 @@ def fitting(rows: int, *, microbatches: int | None = None) -> Mesh | None:
 
   Args:
     rows: of the whole batch.
-    microbatches: that it is cut into, if it is.
+    microbatches: that divide it, if it is cut into some.
 
   Returns:
     A mesh with as many devices of every process, or `None` for a single device.
@@ -126,12 +125,13 @@ def fitting(rows: int, *, microbatches: int | None = None) -> Mesh | None:
   whole = current()
   if whole is None:
     return None
-  even = rows if microbatches is None else math.gcd(rows, microbatches)
-  each, left = divmod(even, jax.process_count())
+  parts = rows if microbatches is None else microbatches
+  each, left = divmod(parts, jax.process_count())
   if left:
+    what = "rows" if microbatches is None else "microbatches"
     raise ValueError(
-      f"{rows} rows in {microbatches or 'any'} microbatches cannot be cut evenly over "
-      f"{jax.process_count()} processes; write multiples of that number."
+      f"{parts} {what} cannot be cut evenly over {jax.process_count()} processes; "
+      "write a multiple of that number."
     )
   own = len(whole.local_devices)
   count = max(n for n in range(1, own + 1) if each % n == 0)
@@ -195,7 +195,7 @@ def feed(mesh: Mesh, batches: Iterable[Batch], *, ahead: int = 2) -> Iterator[Ba
   Args:
     mesh: of all processes.
     batches: this process's rows of each.
-    ahead: batches on the way or waiting.
+    ahead: batches on the way or waiting when one is asked for.
 
   Yields:
     What `scatter` makes of each, in order.
@@ -284,26 +284,22 @@ def spread(mesh: Mesh, tree: Tree, *, axis: str = AXIS) -> Tree:
   return jax.tree.map(place, tree)
 
 
-def gather(tree: Tree) -> Tree:
-  """Whole values, as NumPy arrays, in every process."""
-  return jax.tree.map(
-    np.asarray,
-    tree
-    if jax.process_count() == 1
-    else multihost_utils.process_allgather(tree, tiled=True),
-  )
-
-
 def local(tree: Tree) -> Tree:
   """This process's copy of what is replicated, bound to none of its devices.
 
   Without a mesh in use, the tree as it is.
   """
-  return tree if current() is None else jax.tree.map(_own, tree)
+  return tree if current() is None else jax.tree.map(unbound, tree)
 
 
-def _own(leaf):
+def unbound(leaf: jax.Array) -> jax.Array:
+  """A copy of a replicated array, or of typed keys, that is bound to no device.
+
+  Example:
+    >>> unbound(put(mesh(), jnp.ones(2))).committed
+    False
+  """
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    data = _own(jax.random.key_data(leaf))
+    data = unbound(jax.random.key_data(leaf))
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
   return jnp.asarray(np.asarray(leaf))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadv import inputs
+from jaxadv import inputs, reduction
 from jaxadv.types import (
   Array,
   Images,
@@ -213,9 +213,7 @@ def parts(
     TypeError, ValueError: as `jaxadv.inputs.check_batch` and `as_weights`.
   """
   x = batch["image"]
-  place = jnp.arange(len(x))
-  if axis_name is not None:
-    place = place + len(x) * jax.lax.axis_index(axis_name)
+  place = reduction.places(len(x), axis_name)
   ids = batch.get("id", place)
   y = {k: v for k, v in batch.items() if k not in ("image", "weight")}
   inputs.check_batch(x, {"label": place} | y, threat.bounds)

@@ -154,8 +154,8 @@ def radius(
 ) -> float:
   """`threats.share_of_norm` of images in memory, or on disk.
 
-  Those on disk are gone through once per process; the mean of the parts differs by
-  rounding from that of the whole.
+  Those on disk are gone through once, and the norm is kept; the mean of the parts
+  differs by rounding from that of the whole.
 
   Args:
     images: `(N, ..., C)` uint8, or float32 in [0, 1].
@@ -174,7 +174,7 @@ def radius(
 
 @functools.lru_cache(maxsize=1)
 def _mean_norm(images, *norm):
-  """The mean norm of images on disk, which are gone through once per process."""
+  """The mean norm of images on disk, which are gone through once."""
   parts = (images[n : n + 256] for n in range(0, len(images), 256))
   return sum(len(part) * _share_of_norm(part, 1, *norm) for part in parts) / len(images)
 

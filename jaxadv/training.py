@@ -248,11 +248,13 @@ def adversarial_step(
     return (weight * losses).sum() / jnp.maximum(total, 1e-6), extra
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    image, label = _augmented(augment, state, batch, ids(batch))
+    number = ids(batch)
+    image, label = _augmented(augment, state, batch, number)
     weight = batch.get("weight", jnp.ones(image.shape[:1]))
-    seen = each(
-      functools.partial(_views, apply, views, state), (image, label, ids(batch))
-    )
+    seen = image[:, None]
+    if views:
+      show = functools.partial(_views, apply, views, state)
+      seen = each(show, (image, label, number))
     rows, total = (seen, label, weight), add(jnp.sum, weight)
 
     def slope(place):
@@ -263,9 +265,9 @@ def adversarial_step(
     if weights is not None:
       place = weights(place, slope(place)[1])
     (value, extra), grad = slope(place)
-    count = reduction.parts(microbatches, axis_name)
-    if count > 1:
-      extra = jax.tree.map(lambda statistics: statistics / count, extra)
+    parts = reduction.count(microbatches, axis_name)
+    if parts > 1:
+      extra = jax.tree.map(lambda total: (total / parts).astype(total.dtype), extra)
     updates, opt_state = tx.update(grad, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = TrainState(state.step + 1, params, extra, opt_state, state.key)
@@ -339,10 +341,8 @@ def _augmented(augment, state, batch, ids):
 
 
 def _views(apply, views, state, rows):
-  """`(B, V, ...)`: what each view shows; the clean images where there is none."""
+  """`(B, V, ...)`: what each view shows."""
   image, label, ids = rows
-  if not views:
-    return image[:, None]
   root = jax.random.fold_in(state.key, _VIEW_STREAM)
   keys = _keys(root, state.step, ids)
 
@@ -358,11 +358,7 @@ def _views(apply, views, state, rows):
 
 
 def _ids(axis_name, batch):
-  """Of each example, its place in the whole batch where it has no other."""
-  place = jnp.arange(len(batch["image"]))
-  if axis_name is not None:
-    place = place + len(place) * jax.lax.axis_index(axis_name)
-  return batch.get("id", place)
+  return batch.get("id", reduction.places(len(batch["image"]), axis_name))
 
 
 def _keys(key, step, ids):

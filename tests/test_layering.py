@@ -34,7 +34,7 @@ ALLOWED = {
   "losses": GROUND | {"types", "similarity", "pointwise"},  # the same
   "pointwise": GROUND | {"types"},
   "outer_losses": GROUND | {"types", "pointwise"},
-  "stepping": {"types", "inputs"},
+  "stepping": {"types", "inputs", "reduction"},
   # the engine knows no concrete part
   "engine": {"types", "inputs", "stepping", "reduction"},
   "reduction": set(),
@@ -51,7 +51,8 @@ ALLOWED = {
   "sharding": set(),
   "preemption": set(),
   "manifests": {"jaxadv"},
-  "checkpoints": {"manifests"},
+  "distributed": {"sharding"},
+  "checkpoints": {"manifests", "distributed", "preemption", "sharding"},
   "metrics": GROUND | {"types"},
   "budgets": {"inputs"},
   "analysis": {"types", "inputs", "losses", "analysis"},
@@ -82,7 +83,6 @@ APPLICATION = {
   | {"robustness", "summaries", "trust", "victim_job"},
   "defence_report": LIBRARY | {"analysis_plots", "report", "summaries"},
   "config_files": {"experiments"},
-  "distributed": {"sharding"},
   "experiments": LIBRARY | {"robustness"},
   "fingerprints": {"data", "lazy"},
   "inspection": LIBRARY | {"analysis_plots"},
