@@ -167,6 +167,9 @@ def test_isic_2017_diagnoses(tree, out):
   }
   with pytest.raises(ValueError, match="'test'"):
     load("test")
+  _text(tree / "ISIC-2017_Training_Part3_GroundTruth.csv", "image_id", "ISIC_0")
+  with pytest.raises(building.BuildError, match="columns image_id; it needs .*melano"):
+    building.build("isic2017_task3", tree, side=9, out=out)
 
 
 def test_isic_2018_diagnoses(tree, out):
@@ -194,6 +197,9 @@ def test_isic_2018_diagnoses(tree, out):
     _text(table, head, row)
     with pytest.raises(building.BuildError, match=message):
       building.build("isic2018_task3", tree, side=9, out=out)
+  _text(table, "image,dx", "ISIC_0,nv")
+  with pytest.raises(building.BuildError, match="columns image, dx; it needs image, me"):
+    building.build("isic2018_task3", tree, side=9, out=out)
 
 
 @pytest.mark.parametrize("root", ["OCT2017", "CellData/OCT", "."])

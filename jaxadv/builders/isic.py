@@ -113,6 +113,7 @@ class _Diagnosis:
   classes: tuple[str, ...]
   tables: ClassVar[dict[str, tuple[str, str]]]
   column = "image"
+  needed: tuple[str, ...]  # columns beside it, in small letters
   head: tuple[str, ...] = ()
 
   def _parts(self, folder):
@@ -130,7 +131,7 @@ class _Diagnosis:
         files.find(pictures, row[self.column], table),
         self._diagnosis(row, table),
       )
-      for row in files.rows(table, self.column, head=self.head)
+      for row in files.rows(table, self.column, *self.needed, head=self.head)
     ]
 
   def _diagnosis(self, row, table):
@@ -158,6 +159,7 @@ class Isic2016Task3(_Diagnosis, base.ManualBuilder):
 
   MANUAL_DOWNLOAD_INSTRUCTIONS = _SITE.format("2016, task 3")
   classes = ("benign", "malignant")
+  needed = ("label",)
   head = ("image", "label")
   tables: ClassVar = {
     part: (
@@ -186,6 +188,7 @@ class Isic2017Task3(_Diagnosis, base.ManualBuilder):
   MANUAL_DOWNLOAD_INSTRUCTIONS = _SITE.format("2017, task 3")
   classes = ("nevus", "melanoma", "seborrheic_keratosis")
   column = "image_id"
+  needed = ("melanoma", "seborrheic_keratosis")
   tables: ClassVar = {
     part: (f"ISIC-2017_{word}_Data", f"ISIC-2017_{word}_Part3_GroundTruth.csv")
     for part, word in (
@@ -210,6 +213,7 @@ class Isic2018Task3(_Diagnosis, base.ManualBuilder):
 
   MANUAL_DOWNLOAD_INSTRUCTIONS = _SITE.format("2018, task 3")
   classes = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
+  needed = ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc")
   tables: ClassVar = {
     part: (
       f"ISIC2018_Task3_{word}_Input",
