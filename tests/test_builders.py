@@ -295,6 +295,10 @@ def test_messidor_reads_tables_of_every_base(tree, out):
   _text(corrected, COLUMNS, "20051019_38557_0100_PP.tif,Paris,2,1")
   _, load = _built("messidor", tree, out, side=9)
   assert _classes(load("train"))["20051019_38557_0100_PP"] == "R2"
+  corrected = tree / "Annotation_Base11_update20171231.csv"
+  _text(corrected, COLUMNS, "20051019_38557_0100_PP.tif,Paris,1,1")
+  _, load = _built("messidor", tree, out, side=6)
+  assert _classes(load("train"))["20051019_38557_0100_PP"] == "R1"
   (tree / "Base34" / "Annotation_Base34.csv").unlink()
   with pytest.raises(building.BuildError, match=r"none of Annotation_Base34_\*\.csv"):
     building.build("messidor", tree, side=7, out=out)
@@ -307,6 +311,11 @@ def test_messidor_reads_the_published_format(tree, out):
     _picture(tree / "Base12" / f"{name}.tif", 20)
   shutil.copy(GOLDEN / "Annotation_Base12.xls", tree)
   _, load = _built("messidor", tree, out)
+  assert _classes(load("train")) == {"20051019_1_PP": "R3", "20051019_2_PP": "R0"}
+  (tree / "Annotation_Base12.xls").rename(tree / "Annotation_Base12_update20161024.xls")
+  old = "20051019_1_PP.tif,Paris,1,1", "20051019_2_PP.tif,Paris,1,1"
+  _text(tree / "Annotation_Base12.csv", COLUMNS, *old)
+  _, load = _built("messidor", tree, out, side=9)
   assert _classes(load("train")) == {"20051019_1_PP": "R3", "20051019_2_PP": "R0"}
 
 

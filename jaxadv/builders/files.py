@@ -60,13 +60,16 @@ def find(
 
 
 def first(folder: pathlib.Path, *names: str) -> pathlib.Path:
-  """The first of `names` that exists in `folder`; a `*` stands for anything.
+  """The first of `names` that exists in `folder`.
+
+  A `*` stands for anything; of several files the last in order is taken, which has the
+  latest date.
 
   Raises:
     FileNotFoundError: when none does, with all of them.
   """
   for name in names:
-    for file in sorted(folder.glob(name)):
+    for file in sorted(folder.glob(name), reverse=True):
       return file
   raise FileNotFoundError(f"{folder} has none of {', '.join(names)}.")
 
