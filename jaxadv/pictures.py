@@ -31,7 +31,7 @@ def listed(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def partner(file: pathlib.Path, masks: Mapping[str, pathlib.Path]) -> pathlib.Path:
-  """The mask of the picture `file`, of those `listed`.
+  """The mask of the picture `file`, of those that a folder has by name.
 
   Raises:
     FileNotFoundError: when it has none.
@@ -39,7 +39,8 @@ def partner(file: pathlib.Path, masks: Mapping[str, pathlib.Path]) -> pathlib.Pa
   for suffix in _SUFFIXES:
     if file.stem + suffix in masks:
       return masks[file.stem + suffix]
-  raise FileNotFoundError(f"{file} has no mask; write masks/{file.stem}.png beside it.")
+  place = next(iter(masks.values())).parent
+  raise FileNotFoundError(f"{file} has no mask; {place / file.stem}.png is missing.")
 
 
 def read(file: pathlib.Path, size: int | None, how: Image.Resampling) -> np.ndarray:

@@ -130,6 +130,11 @@ def test_a_mask_that_is_missing_and_an_image_in_two_parts(tree, out):
     building.BuildError, match=r"ISIC_0000000 .* in train and in test"
   ):
     _built("isic2017_segmentation", tree, out)
+  (tree / train[0] / "ISIC_0000001.JPG").unlink()
+  with pytest.raises(
+    building.BuildError, match=r"Data has 1 images but .*Truth 2 mask"
+  ):
+    _built("isic2017_segmentation", tree, out)
   shutil.rmtree(tree / train[0])
   with pytest.raises(building.BuildError, match=r"_Training_Data.* Download the arch"):
     _built("isic2017_segmentation", tree, out)
@@ -168,7 +173,9 @@ def test_isic_2017_diagnoses(tree, out):
   with pytest.raises(ValueError, match="'test'"):
     load("test")
   _text(tree / "ISIC-2017_Training_Part3_GroundTruth.csv", "image_id", "ISIC_0")
-  with pytest.raises(building.BuildError, match="columns image_id; it needs .*melano"):
+  with pytest.raises(
+    building.BuildError, match="columns image_id; it needs image_id, m"
+  ):
     building.build("isic2017_task3", tree, side=9, out=out)
 
 
@@ -198,7 +205,9 @@ def test_isic_2018_diagnoses(tree, out):
     with pytest.raises(building.BuildError, match=message):
       building.build("isic2018_task3", tree, side=9, out=out)
   _text(table, "image,dx", "ISIC_0,nv")
-  with pytest.raises(building.BuildError, match="columns image, dx; it needs image, me"):
+  with pytest.raises(
+    building.BuildError, match="columns image, dx; it needs image, me"
+  ):
     building.build("isic2018_task3", tree, side=9, out=out)
 
 
@@ -225,6 +234,9 @@ def test_oct_keeps_a_patient_in_one_part(root, tree, out):
   patients = _patients(built, "train") | _patients(built, "test")
   assert patients["CNV-7-2"] == patients["DME-7-1"] == "7"
   assert patients["NORMAL-1016042-58"] == "1016042"
+  shutil.rmtree(tree / root / "test")
+  with pytest.raises(building.BuildError, match=r"no folder \S*test/CNV\. Download"):
+    building.build("kermany_oct", tree, side=9, out=out)
 
 
 def test_chest_x_rays_of_both_namings(tree, out):

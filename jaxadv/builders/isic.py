@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from jaxadv import pictures
 from jaxadv.builders import base, files
 
 __all__ = [
@@ -35,16 +36,16 @@ class _Segmentation:
 
 
 def _masked(folder, mask_folder):
-  masks = files.images(mask_folder)
-  records = []
-  for name, file in files.images(folder).items():
-    found = [masks.get(name + end) for end in ("_segmentation", "_Segmentation")]
-    mask = next((mask for mask in found if mask), None)
-    if mask is None:
-      raise FileNotFoundError(
-        f"{file} has no mask; {mask_folder / name}_segmentation.png is missing."
-      )
-    records.append(base.Record(name, file, masks=(mask,)))
+  found, masks = files.images(folder), files.images(mask_folder)
+  records = [
+    base.Record(name, file, masks=(pictures.partner(file, masks),))
+    for name, file in found.items()
+  ]
+  if len(found) != len(masks):
+    raise ValueError(
+      f"{folder} has {len(found)} images but {mask_folder} {len(masks)} masks; unpack "
+      "both archives whole."
+    )
   return records
 
 
@@ -124,11 +125,11 @@ class _Diagnosis:
     }
 
   def _records(self, folder, table):
-    pictures = files.images(folder)
+    found = files.images(folder)
     return [
       base.Record(
         row[self.column],
-        files.find(pictures, row[self.column], table),
+        files.find(found, row[self.column], table),
         self._diagnosis(row, table),
       )
       for row in files.rows(table, self.column, *self.needed, head=self.head)

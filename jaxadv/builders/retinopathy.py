@@ -40,9 +40,10 @@ class Messidor(base.ManualBuilder):
     Annotation_Base11.xls, and the like for every base: columns Image name,
       Ophthalmologic department, Retinopathy grade, Risk of macular edema
   A table may also be saved as Annotation_Base11.csv, which is then taken. A corrected
-  table has a date behind the name, and goes before the other, the latest before all. Only
-  bases that are there are read. R0 is without lesions, R3 the worst. There is no test part, and the patients
-  are not named; doubled images, some of which the source lists, are not removed.
+  table has a date behind the name, and goes before the other, the latest before all.
+  Only bases that are there are read. R0 is without lesions, R3 the worst. There is no
+  test part, and the patients are not named; doubled images, some of which the source
+  lists, are not removed.
   Licence: research and education only, no redistribution.
   """
 
