@@ -76,6 +76,7 @@ def load_npz(path: str | os.PathLike, *, split: str | None = None) -> Dataset:
       f"{path} is torn or no .npz pack ({error}); copy or download it again."
     ) from error
   images, labels = _pack_arrays(path, arrays)
+  _check_words(path, arrays, len(images))
   names = arrays.get("ids", np.arange(len(images))).astype(str).tolist()
   class_names = arrays.get("class_names")
   dataset = checked(path, images, labels, names=names, class_names=class_names)
@@ -139,6 +140,19 @@ def _pack_arrays(path, arrays):
       "`masks` or `labels`, or a volume `image` with `mask` or `labels`."
     )
   return images, label
+
+
+def _check_words(path, arrays, total):
+  """Refuses `split` and `ids` that are not one for each image."""
+  for name in ("split", "ids"):
+    if name in arrays and arrays[name].shape != (total,):
+      raise ValueError(
+        f"{path} has {total} images but `{name}` {arrays[name].shape}; write one each."
+      )
+  if "split" in arrays and arrays["split"].dtype.kind != "U":
+    raise ValueError(
+      f"{path} has `split` of {arrays['split'].dtype}; write words, such as train."
+    )
 
 
 def _stack(places, arrays):

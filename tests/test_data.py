@@ -102,6 +102,10 @@ def test_a_pack_without_words_is_split_by_position(tmp_path):
     ({"images": np.full((10, 8, 8, 1), np.nan, np.float32)}, "nan"),
     ({"images": np.zeros((10, 8, 8, 1), np.int64)}, "int64 images"),
     ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "N >= 1"),
+    ({"split": np.array(["train"] * 9)}, r"10 images but `split` \(9,\)"),
+    ({"ids": np.array(["case"] * 11)}, r"10 images but `ids` \(11,\)"),
+    ({"split": np.arange(10)}, "`split` of int64; write words"),
+    ({"split": np.array([b"train"] * 10)}, r"`split` of \|S5; write words"),
   ],
 )
 def test_packs_that_do_not_fit_are_refused(tmp_path, changes, message):
