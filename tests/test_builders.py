@@ -141,6 +141,17 @@ def test_a_mask_that_is_missing_and_an_image_in_two_parts(tree, out):
   assert not list(out.rglob("*.array_record*"))
 
 
+def test_a_mask_of_small_numbers_is_refused(tree, out):
+  train, _, _, suffix = _isic("isic2017_segmentation", tree)
+  Image.fromarray(np.eye(9, dtype=np.uint8)).save(
+    tree / train[1] / f"ISIC_0000001{suffix}.png"
+  )
+  with pytest.raises(
+    building.BuildError, match=r"1_segmentation\.png has no .* above 1"
+  ):
+    _built("isic2017_segmentation", tree, out)
+
+
 def test_isic_2016_diagnoses_have_no_head_and_two_spellings(tree, out):
   for word, names in (("Training", "01"), ("Test", "23")):
     for n in names:

@@ -188,6 +188,10 @@ def test_a_folder_resized_and_one_of_16_bits(tmp_path):
   pixels = np.full((8, 8), 65535, np.uint16)
   Image.fromarray(pixels).save(deep / "images" / "p0.png")
   assert data.load(deep).images.tolist() == np.ones((1, 8, 8, 1)).tolist()
+  (deep / "images" / "p0.png").unlink()
+  big_endian = Image.frombytes("I;16B", (8, 8), pixels.astype(">u2").tobytes())
+  big_endian.save(deep / "images" / "p0.tif")
+  assert data.load(deep).images.tolist() == np.ones((1, 8, 8, 1)).tolist()
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
@@ -204,10 +208,19 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
   torn.write_bytes(torn.read_bytes()[:40])
   with pytest.raises(ValueError, match=r"p2\.png is torn or no picture"):
     data.load(folder)
+  Image.new("RGB", (8, 8)).save(folder / "images" / "p1.tif")
+  with pytest.raises(ValueError, match=r"p1\.jpg and \S*p1\.tif have one name"):
+    data.load(folder)
   folder = _folder(tmp_path / "c")
   Image.new("RGB", (8, 8), (255, 0, 0)).save(folder / "masks" / "p0.png")
   with pytest.raises(ValueError, match=r"p1\.png is"):
     data.load(folder)
+
+
+def test_a_picture_that_is_too_large_to_read_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+  with pytest.raises(ValueError, match=r"p0\.jpg is torn .*exceeds limit"):
+    data.load(_folder(tmp_path))
 
 
 def _prepare_tfds(folder, sides=(8, 8, 8)):
