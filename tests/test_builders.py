@@ -641,6 +641,13 @@ def test_folders_that_do_not_fit_leave_nothing(tmp_path, out):
   _picture(folder / "images" / "p3.jpg", 1, size=(9, 9))
   with pytest.raises(building.BuildError, match=r"p3\.jpg is uint8 .*--side 128"):
     building.convert(folder, "mine", out=out)
+  floats = _folder(tmp_path / "floats", 1)
+  (floats / "images" / "p0.jpg").unlink()
+  Image.fromarray(np.full((6, 8), 1.5, np.float32)).save(floats / "images" / "p0.tif")
+  with pytest.raises(
+    building.BuildError, match=r"p0\.tif has values in \[1\.5, 1\.5\]"
+  ):
+    building.convert(floats, "mine", out=out)
   grey = _folder(tmp_path / "grey", values=(0, 77))
   with pytest.raises(building.BuildError, match="grey values such as 77"):
     building.convert(grey, "mine", out=out)
@@ -756,6 +763,7 @@ def test_a_converted_folder_is_found_by_its_name_alone(tmp_path, out):
     (["aptos2019", "--name", "x"], "is a builder"),
     (["folder"], "is no builder; write"),
     (["folder", "--manual-dir", "x"], "is no builder; write"),
+    ([".", "--name", "x", "--side", "0"], "the side is 0"),
     (["missing.npz", "--name", "x"], "is no builder, folder or pack; the builders are"),
     (["aptos2019", "--manual-dir", "missing"], r"no file missing/train.csv"),
     (["aptos2019", "--manual-dir", ".", "--side", "0"], "the side is 0"),
