@@ -76,10 +76,10 @@ def load_npz(path: str | os.PathLike, *, split: str | None = None) -> Dataset:
       f"{path} is torn or no .npz pack ({error}); copy or download it again."
     ) from error
   images, labels = _pack_arrays(path, arrays)
-  _check_words(path, arrays, len(images))
   names = arrays.get("ids", np.arange(len(images))).astype(str).tolist()
   class_names = arrays.get("class_names")
   dataset = checked(path, images, labels, names=names, class_names=class_names)
+  _check_words(path, arrays, len(images))
   return take(dataset, _select(path, len(images), split, arrays.get("split")))
 
 
