@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from jaxadv import builders, building, cli, data, sources
+from jaxadv.builders import covid
 
 # TFDS and its readers warn on their own account.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -489,7 +490,18 @@ def test_covid_lungs_are_slices_of_volumes(tree, out):
   assert got.images[:, 4:, :, 0].mean((1, 2)).tolist() == [0, 255, 255, 255]
   assert got.labels[0, 3].tolist() == [1, 1, 0, 0, 0, 0, 2, 2]
   assert set(_patients(built, "train").values()) == {"coronacases_001", "radiopaedia_4"}
-  volume(tree / "Lung_Mask" / "radiopaedia_4.nii.gz", lungs[..., :1])
+  mask = tree / "Lung_Mask" / "radiopaedia_4.nii.gz"
+  volume(mask, 3 * lungs)
+  with pytest.raises(
+    building.BuildError, match=r"_4\.nii\.gz has the value 3; its cla"
+  ):
+    building.build("covid19_ct_lungs", tree, side=9, out=out)
+  volume(mask, RNG.integers(0, 3, lungs.shape))
+  mask.write_bytes(mask.read_bytes()[:-20])
+  with pytest.raises(building.BuildError, match=r"radiopaedia_4\.nii\.gz is torn"):
+    building.build("covid19_ct_lungs", tree, side=7, out=out)
+  assert covid._volume.cache_info().currsize == 0
+  volume(mask, lungs[..., :1])
   with pytest.raises(building.BuildError, match="both need one shape"):
     building.build("covid19_ct_lungs", tree, side=9, out=out)
 
