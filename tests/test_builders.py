@@ -294,6 +294,12 @@ def test_aptos(tree, out):
   _text(tree / "train.csv", "id_code,diagnosis", "001639a390f0,5")
   with pytest.raises(building.BuildError, match="label '5'; it needs 0 to 4"):
     building.build("aptos2019", tree, side=9, out=out)
+  (tree / "train.csv").write_bytes("id_code,diagnosis,größe\n".encode("latin-1"))
+  with pytest.raises(building.BuildError, match=r"train\.csv is no CSV in UTF-8"):
+    building.build("aptos2019", tree, side=9, out=out)
+  _text(tree / "train.csv", "id_code,diagnosis", "x" * 200_000)
+  with pytest.raises(building.BuildError, match=r"train\.csv is no CSV .*field larger"):
+    building.build("aptos2019", tree, side=9, out=out)
   _text(tree / "train.csv", "id_code,grade", "001639a390f0,4")
   with pytest.raises(building.BuildError, match="it needs id_code, diagnosis"):
     building.build("aptos2019", tree, side=9, out=out)
@@ -337,6 +343,10 @@ def test_messidor_reads_the_published_format(tree, out):
   _, load = _built("messidor", tree, out)
   assert _classes(load("train")) == {"20051019_1_PP": "R3", "20051019_2_PP": "R0"}
   (tree / "Annotation_Base12.xls").rename(tree / "Annotation_Base12_update20161024.xls")
+  (tree / "Annotation_Base12_update20171231.xls").write_bytes(b"<html>")
+  with pytest.raises(building.BuildError, match=r"20171231\.xls is torn or no \.xls"):
+    building.build("messidor", tree, side=7, out=out)
+  (tree / "Annotation_Base12_update20171231.xls").unlink()
   old = "20051019_1_PP.tif,Paris,1,1", "20051019_2_PP.tif,Paris,1,1"
   _text(tree / "Annotation_Base12.csv", COLUMNS, *old)
   _, load = _built("messidor", tree, out, side=9)
@@ -366,6 +376,11 @@ def test_messidor_2(tree, out):
   patients = _patients(built, "train")
   assert patients["IM1"] == patients["IM000004"] == "examination 1"
   assert patients["20051020_43808_0100_PP"] == ""
+  _text(tree / "messidor-2.csv", "left,right", "IM1.png,IM000004.JPG")
+  with pytest.raises(
+    building.BuildError, match=r"messidor-2\.csv names none of the im"
+  ):
+    building.build("messidor2", tree, side=7, out=out)
 
 
 def _chest14(tree, names, folders):
@@ -411,6 +426,9 @@ def test_chest_xray14_tables_that_do_not_fit(tree, out):
     building.build("chest_xray14", tree, out=out)
   _text(tree / "test_list.txt", "00000003_000.png")
   with pytest.raises(building.BuildError, match=r"00000003_000\.png, which the table"):
+    building.build("chest_xray14", tree, out=out)
+  (tree / "test_list.txt").write_bytes(b"\xe4.png")
+  with pytest.raises(building.BuildError, match=r"test_list\.txt is no list in UTF-8"):
     building.build("chest_xray14", tree, out=out)
   (tree / "test_list.txt").unlink()
   with pytest.raises(building.BuildError, match=r"no file .*test_list\.txt.*nihcc"):
@@ -514,8 +532,9 @@ def test_what_is_missing_is_named_with_where_to_get_it(name, tree, out):
     builders.BUILDERS[name].__doc__
   )
   assert not out.exists() or not list(out.rglob("dataset_info.json"))
-  with pytest.raises(FileNotFoundError, match=f"jaxadv build {name} --manual-dir"):
-    data.load_tfds(name, data_dir=out)
+  for side, words in (("", "DIR;"), ("/128", "DIR --side 128;"), ("/300", "DIR --sid")):
+    with pytest.raises(FileNotFoundError, match=f"build {name} --manual-dir {words}"):
+      data.load_tfds(name + side, data_dir=out)
 
 
 def test_tfds_builds_them_itself(tree, out):

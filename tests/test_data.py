@@ -292,6 +292,8 @@ def test_tfds_sets_that_cannot_be_read(tmp_path):
     data.load_tfds("tiny", data_dir=tmp_path)
   with pytest.raises(FileNotFoundError, match="TFDS has no data set 'no_such_set'"):
     data.load_tfds("no_such_set", data_dir=tmp_path)
+  with pytest.raises(FileNotFoundError, match="no data set 'mnist_corrupted/x'"):
+    data.load_tfds("mnist_corrupted/x", data_dir=tmp_path)
   with pytest.raises(FileNotFoundError, match=r"\.download_and_prepare\(\)"):
     data.load_tfds("mnist", data_dir=tmp_path)
   for file in tmp_path.rglob("*.array_record*"):

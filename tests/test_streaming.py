@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 import types
+import zlib
 
 import helpers
 import numpy as np
@@ -14,6 +15,7 @@ from test_data import _numbered, _prepare_tfds
 
 from jaxadv import (
   assessment,
+  building,
   data,
   defence_job,
   experiments,
@@ -235,6 +237,17 @@ def test_a_torn_record_is_named(script, tmp_path, threads):
     next(stream)
   with pytest.raises(ValueError, match="torn at record 7"):
     data.load_tfds("pictures", data_dir=tmp_path)
+
+
+def test_a_record_whose_packing_is_torn_is_named(tmp_path):
+  images = np.random.default_rng(0).random((4, 6, 6, 5), np.float32)
+  np.savez(tmp_path / "pack.npz", images=images, labels=np.arange(4) % 2)
+  building.convert(tmp_path / "pack.npz", "mine", out=tmp_path)
+  dataset = data.load_tfds("mine", data_dir=tmp_path, memory=0)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("zlib.decompress", lambda *_: (_ for _ in ()).throw(zlib.error("x")))
+    with pytest.raises(ValueError, match="set 'mine' is torn at record 2"):
+      dataset.images[2]
 
 
 def test_a_damaged_file_is_named(script, tmp_path):

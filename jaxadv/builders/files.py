@@ -86,12 +86,16 @@ def rows(
 
   Raises:
     FileNotFoundError: when the file is missing.
-    ValueError: when columns are missing, and for a row that is too short.
+    ValueError: when columns are missing, for a row that is too short, and for a file
+      that is no CSV in UTF-8.
   """
   if not file.is_file():
     raise FileNotFoundError(f"there is no file {file}.")
-  with open(file, newline="", encoding="utf-8-sig") as opened:
-    table = [row for row in csv.reader(opened) if any(cell.strip() for cell in row)]
+  try:
+    with open(file, newline="", encoding="utf-8-sig") as opened:
+      table = [row for row in csv.reader(opened) if any(cell.strip() for cell in row)]
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise ValueError(f"{file} is no CSV in UTF-8 ({error}); save it so.") from error
   return by_column(file, [list(head)] + table if head else table, *needed)
 
 
@@ -119,10 +123,14 @@ def lines(file: pathlib.Path) -> list[str]:
 
   Raises:
     FileNotFoundError: when the file is missing.
+    ValueError: when it is not in UTF-8.
   """
   if not file.is_file():
     raise FileNotFoundError(f"there is no file {file}.")
-  text = file.read_text(encoding="utf-8-sig")
+  try:
+    text = file.read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{file} is no list in UTF-8 ({error}); save it so.") from error
   return [line.strip() for line in text.splitlines() if line.strip()]
 
 

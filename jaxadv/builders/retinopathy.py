@@ -96,8 +96,11 @@ class Messidor2(base.ManualBuilder):
     graded = [row for row in files.rows(table, *columns) if row[columns[1]]]
     pictures = files.images(files.first(folder, "IMAGES", "images"))
     records = _graded(graded, pictures, table, self.classes, *columns)
-    patients = _examinations(folder / "messidor-2.csv")
+    pairs = folder / "messidor-2.csv"
+    patients = _examinations(pairs)
     named = [r._replace(patient=patients.get(r.id.lower(), "")) for r in records]
+    if pairs.is_file() and not any(record.patient for record in named):
+      raise ValueError(f"{pairs} names none of the images; write left;right a line.")
     return {"train": named}
 
 
@@ -121,7 +124,10 @@ def _sheet(table, *columns):
     raise ValueError(
       f"{table} needs: pip install 'jaxadv[build]'; or save it as .csv beside."
     ) from error
-  sheet = xlrd.open_workbook(table).sheet_by_index(0)
+  try:
+    sheet = xlrd.open_workbook(table).sheet_by_index(0)
+  except xlrd.XLRDError as error:
+    raise ValueError(f"{table} is torn or no .xls table ({error}).") from error
   cells = [sheet.row_values(n) for n in range(sheet.nrows)]
   return files.by_column(table, cells, *columns)
 
