@@ -192,7 +192,8 @@ def checked(
     ValueError: for what does not fit, with the remedy.
   """
   if images.ndim == 3:
-    images = images[..., None]
+    grey = lambda images: images[..., None]
+    images = images.map(grey) if isinstance(images, Rows) else grey(images)
   _check_images(place, images, labels)
   is_set = labels.ndim == 2
   known = None if class_names is None else len(class_names)

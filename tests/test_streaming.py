@@ -285,6 +285,9 @@ def test_what_does_not_fit_is_refused_when_it_is_loaded(tmp_path):
   labels = lazy.Rows(lambda n: n[:, None, None] + images[n, ..., 0], (3, 4, 4), int, "")
   with pytest.raises(ValueError, match="label 2, outside its 2 classes"):
     sources.checked("x", images, labels, names=["x"] * 3, class_names="ab")
+  grey = hold(np.zeros((3, 4, 4), np.uint8))[0]
+  found = sources.checked("x", grey.images, grey.labels, names=["x"] * 3)
+  assert found.images.shape == found.images[:].shape == (3, 4, 4, 1)
   _prepare_tfds(tmp_path)
   with pytest.raises(ValueError, match=r"no record in split 'train\[:0\]'"):
     data.load_tfds("tiny", data_dir=tmp_path, split="train[:0]")
@@ -393,7 +396,7 @@ def test_rows_are_indexed_as_arrays_are():
   stored = np.arange(12).reshape(4, 3)
   rows = lazy.Rows(lambda n: stored[n], stored.shape, stored.dtype, "")
   indices = [2, -1, np.int64(0), slice(1, 3), slice(None, None, -2), [3, 0, 0]]
-  for index in [*indices, np.array([], int)]:
+  for index in [*indices, np.array([], int), []]:
     helpers.assert_trees_equal(rows[index], stored[index])
   helpers.assert_trees_equal(np.stack(list(rows)), stored)
   helpers.assert_trees_equal(np.asarray(rows, np.float32), stored.astype(np.float32))
@@ -406,6 +409,12 @@ def test_rows_are_indexed_as_arrays_are():
       rows[wrong]
   with pytest.raises(ValueError, match="without a copy"):
     np.asarray(rows, copy=False)
+  many = lazy.Rows(lambda n: n, (300,), np.dtype(int), "")
+  assert many[np.array([200, 7], np.uint8)].tolist() == [200, 7]
+  assert many[np.uint8(255)] == 255
+  with pytest.raises(TypeError, match="rows on disk are not compared"):
+    assert rows != stored
+  assert {rows: 1}[rows] == 1
 
 
 def test_a_real_pack_survives_the_way_through_tfds(script, tmp_path):
