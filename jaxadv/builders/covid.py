@@ -21,9 +21,9 @@ class CovidCt(base.ManualBuilder):
     Images-processed/CT_COVID/*.png and *.jpg, Images-processed/CT_NonCOVID/...
     Data-split/COVID/trainCT_COVID.txt, valCT_COVID.txt, testCT_COVID.txt
     Data-split/NonCOVID/trainCT_NonCOVID.txt, ...
-  A list has a file name on each line. The authors split by patient; the patients are in
-  COVID-CT-MetaInfo.xlsx, which is not read. The licence of the images, which were cut
-  out of preprints, was not found.
+  A list has a file name on each line. That the authors split by patient is doubtful,
+  and not checked: the patients are in COVID-CT-MetaInfo.xlsx, which is not read. The
+  licence of the images, which were cut out of preprints, was not found.
   """
 
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
