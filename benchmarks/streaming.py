@@ -76,7 +76,7 @@ def png(image: np.ndarray) -> bytes:
 def write(folder: pathlib.Path, files: Sequence[bytes], number: int) -> None:
   """A prepared TFDS data set `pictures`, of some PNG files again and again.
 
-  Without TensorFlow, TFDS itself writes no more than fits in its buffer of 1 GB.
+  Of your own pictures, `jaxadv build` makes one; here each file is written many times.
   """
   import tensorflow_datasets as tfds
   from array_record.python.array_record_module import ArrayRecordWriter

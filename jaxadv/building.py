@@ -71,8 +71,7 @@ def build(
   if name not in builders.BUILDERS:
     raise BuildError(f"no builder {name!r}; there are {', '.join(builders.BUILDERS)}.")
   side = 224 if side is None else side
-  if side < 1:
-    raise BuildError(f"the side is {side}; write 1 pixel or more.")
+  _check_side(side)
   cls, folder = builders.BUILDERS[name], pathlib.Path(manual_dir).expanduser()
   known = {config.side: config for config in cls.BUILDER_CONFIGS}
   config = known.get(side) or builders.SideConfig.of(side)
@@ -121,6 +120,7 @@ def convert(
   if path.is_file() and side is not None:
     raise BuildError(f"a side is for folders; the images of {path} stay as they are.")
   _check_name(name)
+  _check_side(side)
   with _refusals():
     plan = _of_folder(path, side) if path.is_dir() else _of_pack(path)
     builder = _Converted(plan, name=name, data_dir=out)
@@ -238,6 +238,10 @@ def _of_folder(path, side):
         f"{file} is {pixels.dtype} {pixels.shape} but the first picture {first.dtype} "
         f"{first.shape}; bring all to one size and kind, or write --side 128."
       )
+    if pixels.dtype != np.uint8 and not (pixels.min() >= 0 and pixels.max() <= 1):
+      raise ValueError(
+        f"{file} has values in [{pixels.min():g}, {pixels.max():g}]; scale to [0, 1]."
+      )
     if mask.shape != pixels.shape[:2]:
       raise ValueError(f"{file} is {pixels.shape} but its mask {mask.shape}.")
     stored = base.encoded(mask.astype(np.uint8))
@@ -296,6 +300,11 @@ def _in_order(parts):
       raise ValueError(f"{part!r} cannot be the name of a part; write train or test.")
   order = [*_PARTS, *sorted(set(parts) - set(_PARTS))]
   return {part: parts[part] for part in order if part in parts}
+
+
+def _check_side(side):
+  if side is not None and side < 1:
+    raise BuildError(f"the side is {side}; write 1 pixel or more.")
 
 
 def _check_name(name):

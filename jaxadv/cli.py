@@ -22,6 +22,7 @@ _OVERRIDES = {
   "--gallery": ("gallery", "pairs shown per attack"),
 }
 # What the `report` extra brings.
+_NEEDED_TO_BUILD = ("rich",)
 _NEEDED = ("jinja2", "matplotlib", "rich", "sklearn", "threadpoolctl")
 
 
@@ -42,9 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2
   """
   options = _parser().parse_args(arguments)
-  missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+  needed = _NEEDED_TO_BUILD if options.command == "build" else _NEEDED
+  missing = [name for name in needed if importlib.util.find_spec(name) is None]
   if missing:
     return _refuse(f"{', '.join(missing)} missing; run: pip install 'jaxadv[report]'")
+  # What goes wrong in a save is raised, and told in one line.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   if options.command == "build":
     return _build(options)
   # Imported late: a misspelt option should not wait for jax.
@@ -58,8 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sharding,
   )
 
-  # What goes wrong in a save is raised, and told in one line.
-  logging.getLogger("absl").setLevel(logging.CRITICAL)
   refused = (experiments.ConfigError, job.JobError, records.RecordError)
   try:
     commands = {"attack": _attack, "uap": _uap, "defend": _defend}

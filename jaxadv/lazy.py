@@ -8,7 +8,7 @@ by batch works on both, and needs the memory of a batch.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -59,7 +59,8 @@ class Rows:
   def __getitem__(self, index: Any) -> np.ndarray:
     if isinstance(index, slice):
       return self.read(np.arange(*index.indices(len(self))))
-    places = np.asarray(index)
+    empty = isinstance(index, list) and not index  # NumPy would take it for floats
+    places = np.asarray(index, int if empty else None)
     whole = np.issubdtype(places.dtype, np.integer) and not isinstance(index, tuple)
     if places.ndim > 1 or not whole:
       raise TypeError(
@@ -69,8 +70,15 @@ class Rows:
     total = len(self)
     if places.size and not -total <= places.min() <= places.max() < total:
       raise IndexError(f"index {index} of {total} rows; write 0 to {total - 1}.")
-    found = self.read(np.atleast_1d(places) % total)
+    found = self.read(np.atleast_1d(places).astype(np.int64) % total)
     return found if places.ndim else found[0]
+
+  def __eq__(self, other: object) -> NoReturn:
+    raise TypeError(
+      "rows on disk are not compared; np.asarray(rows) reads all of them."
+    )
+
+  __hash__ = object.__hash__
 
   def __iter__(self) -> Iterator[np.ndarray]:
     for start in range(0, len(self), _CHUNK):

@@ -9,8 +9,14 @@ from PIL import Image, UnidentifiedImageError
 __all__ = ["as_classes", "binary", "listed", "one_channel", "partner", "read", "square"]
 
 _SUFFIXES = ("", "_mask", "_segmentation", "_Segmentation")
+_UNREADABLE = (
+  UnidentifiedImageError,
+  OSError,
+  SyntaxError,
+  Image.DecompressionBombError,
+)
 _MOST_CLASSES = 32  # above that, a mask holds grey values and not class indices
-_DEEP = ("I;16", "I")
+_DEEP = ("I;16", "I;16B", "I;16L", "I")
 
 
 def listed(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -18,6 +24,7 @@ def listed(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
   Raises:
     FileNotFoundError: when the folder is missing or empty.
+    ValueError: for two files of one name.
   """
   if not folder.is_dir():
     raise FileNotFoundError(
@@ -27,11 +34,15 @@ def listed(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   files = sorted(f for f in folder.iterdir() if f.is_file() and f.name[0] != ".")
   if not files:
     raise FileNotFoundError(f"{folder} is empty.")
-  return {file.stem: file for file in files}
+  found: dict[str, pathlib.Path] = {}
+  for file in files:
+    if found.setdefault(file.stem, file) != file:
+      raise ValueError(f"{found[file.stem]} and {file} have one name; keep one.")
+  return found
 
 
 def partner(file: pathlib.Path, masks: Mapping[str, pathlib.Path]) -> pathlib.Path:
-  """The mask of the picture `file`, of those `listed`.
+  """The mask of the picture `file`, of those that a folder has by name.
 
   Raises:
     FileNotFoundError: when it has none.
@@ -39,7 +50,8 @@ def partner(file: pathlib.Path, masks: Mapping[str, pathlib.Path]) -> pathlib.Pa
   for suffix in _SUFFIXES:
     if file.stem + suffix in masks:
       return masks[file.stem + suffix]
-  raise FileNotFoundError(f"{file} has no mask; write masks/{file.stem}.png beside it.")
+  place = next(iter(masks.values())).parent
+  raise FileNotFoundError(f"{file} has no mask; {place / file.stem}.png is missing.")
 
 
 def read(file: pathlib.Path, size: int | None, how: Image.Resampling) -> np.ndarray:
@@ -92,9 +104,12 @@ def binary(file: pathlib.Path, side: int) -> np.ndarray:
   """A mask of 0 and 255, stretched to a square (nearest): `(side, side)` bool.
 
   Raises:
-    ValueError: for a torn file and one that is no picture.
+    ValueError: for a torn file, one that is no picture, and a mask of small numbers.
   """
   picture = _opened(file).convert("L")
+  highest = picture.getextrema()[1]
+  if 0 < highest < 128:
+    raise ValueError(f"{file} has no value above {highest}; a mask has 0 and 255.")
   return np.asarray(picture.resize((side, side), Image.Resampling.NEAREST)) > 127
 
 
@@ -149,5 +164,5 @@ def _opened(file):
       return opened.copy()
   except FileNotFoundError:
     raise
-  except (UnidentifiedImageError, OSError, SyntaxError) as error:
+  except _UNREADABLE as error:
     raise ValueError(f"{file} is torn or no picture ({error}).") from error

@@ -79,6 +79,7 @@ def load_npz(path: str | os.PathLike, *, split: str | None = None) -> Dataset:
   names = arrays.get("ids", np.arange(len(images))).astype(str).tolist()
   class_names = arrays.get("class_names")
   dataset = checked(path, images, labels, names=names, class_names=class_names)
+  _check_words(path, arrays, len(images))
   return take(dataset, _select(path, len(images), split, arrays.get("split")))
 
 
@@ -141,6 +142,19 @@ def _pack_arrays(path, arrays):
   return images, label
 
 
+def _check_words(path, arrays, total):
+  """Refuses `split` and `ids` that are not one for each image."""
+  for name in ("split", "ids"):
+    if name in arrays and arrays[name].shape != (total,):
+      raise ValueError(
+        f"{path} has {total} images but `{name}` {arrays[name].shape}; write one each."
+      )
+  if "split" in arrays and arrays["split"].dtype.kind != "U":
+    raise ValueError(
+      f"{path} has `split` of {arrays['split'].dtype}; write words, such as train."
+    )
+
+
 def _stack(places, arrays):
   for place, array in zip(places, arrays, strict=True):
     if array.shape != arrays[0].shape or array.dtype != arrays[0].dtype:
@@ -178,7 +192,8 @@ def checked(
     ValueError: for what does not fit, with the remedy.
   """
   if images.ndim == 3:
-    images = images[..., None]
+    grey = lambda images: images[..., None]
+    images = images.map(grey) if isinstance(images, Rows) else grey(images)
   _check_images(place, images, labels)
   is_set = labels.ndim == 2
   known = None if class_names is None else len(class_names)

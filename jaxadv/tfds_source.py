@@ -5,6 +5,7 @@ and masks stay on disk as `Rows`.
 """
 
 import os
+import zlib
 
 import numpy as np
 
@@ -15,7 +16,7 @@ __all__ = ["load_tfds"]
 
 _LABELS = ("segmentation_mask", "mask", "label", "labels")
 # What the readers and decoders raise, each for another kind of damage.
-_TORN = (RuntimeError, OSError, ValueError, IndexError, SyntaxError)
+_TORN = (RuntimeError, OSError, ValueError, IndexError, SyntaxError, zlib.error)
 
 
 def load_tfds(
@@ -45,8 +46,8 @@ def load_tfds(
     or of another size raises `ValueError` with its name when it is read.
 
   Raises:
-    FileNotFoundError: for an unknown name and for one that is not prepared on this
-      machine, with the command that prepares it.
+    FileNotFoundError: for an unknown name or configuration, and for one that is not
+      prepared on this machine, with the command that prepares it.
     ValueError: for an unknown split, features that do not fit, and as for `load`.
   """
   builder, split = _builder(name, data_dir), split or "all"
@@ -73,14 +74,17 @@ def _builder(name, data_dir):
 
   from jaxadv import builders  # registers ours
 
+  ours = name.partition("/")[0].partition(":")[0] in builders.BUILDERS
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
   except tfds.core.registered.DatasetNotFoundError as error:
     raise FileNotFoundError(f"TFDS has no data set {name!r}.") from error
-  if builder.name in builders.BUILDERS and not builder.is_prepared():
+  except ValueError as error:  # of an unknown configuration
+    how = _command(name) if ours else str(error)
+    raise FileNotFoundError(f"TFDS has no data set {name!r}. {how}") from error
+  if ours and not builder.is_prepared():
     raise FileNotFoundError(
-      f"TFDS data set {name!r} is not prepared in {builder.data_path}. Run once: "
-      f"jaxadv build {builder.name} --manual-dir DIR; docs/data.md says what is in DIR."
+      f"TFDS data set {name!r} is not prepared in {builder.data_path}. {_command(name)}"
     )
   if not builder.is_prepared():
     raise FileNotFoundError(
@@ -89,6 +93,16 @@ def _builder(name, data_dir):
       f"{name!r}, file_format='array_record').download_and_prepare()"
     )
   return builder
+
+
+def _command(name):
+  """What prepares one of ours, such as `isic2017_task3/128` or `aptos2019:1.0.0`."""
+  called, _, side = name.partition(":")[0].partition("/")
+  sized = f" --side {side}" if side.isdigit() and side != "224" else ""
+  return (
+    f"Run once: jaxadv build {called} --manual-dir DIR{sized}; docs/data.md says what "
+    "is in DIR."
+  )
 
 
 def _rows(name, builder, split, key):

@@ -1,5 +1,7 @@
 """Each published layout in small, built and read back; folders, packs, kills."""
 
+import importlib.util
+import logging
 import os
 import pathlib
 import shutil
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from jaxadv import builders, building, cli, data, sources
+from jaxadv.builders import covid
 
 # TFDS and its readers warn on their own account.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -130,10 +133,26 @@ def test_a_mask_that_is_missing_and_an_image_in_two_parts(tree, out):
     building.BuildError, match=r"ISIC_0000000 .* in train and in test"
   ):
     _built("isic2017_segmentation", tree, out)
+  (tree / train[0] / "ISIC_0000001.JPG").unlink()
+  with pytest.raises(
+    building.BuildError, match=r"Data has 1 images but .*Truth 2 mask"
+  ):
+    _built("isic2017_segmentation", tree, out)
   shutil.rmtree(tree / train[0])
   with pytest.raises(building.BuildError, match=r"_Training_Data.* Download the arch"):
     _built("isic2017_segmentation", tree, out)
   assert not list(out.rglob("*.array_record*"))
+
+
+def test_a_mask_of_small_numbers_is_refused(tree, out):
+  train, _, _, suffix = _isic("isic2017_segmentation", tree)
+  Image.fromarray(np.eye(9, dtype=np.uint8)).save(
+    tree / train[1] / f"ISIC_0000001{suffix}.png"
+  )
+  with pytest.raises(
+    building.BuildError, match=r"1_segmentation\.png has no .* above 1"
+  ):
+    _built("isic2017_segmentation", tree, out)
 
 
 def test_isic_2016_diagnoses_have_no_head_and_two_spellings(tree, out):
@@ -167,6 +186,11 @@ def test_isic_2017_diagnoses(tree, out):
   }
   with pytest.raises(ValueError, match="'test'"):
     load("test")
+  _text(tree / "ISIC-2017_Training_Part3_GroundTruth.csv", "image_id", "ISIC_0")
+  with pytest.raises(
+    building.BuildError, match="columns image_id; it needs image_id, m"
+  ):
+    building.build("isic2017_task3", tree, side=9, out=out)
 
 
 def test_isic_2018_diagnoses(tree, out):
@@ -194,6 +218,11 @@ def test_isic_2018_diagnoses(tree, out):
     _text(table, head, row)
     with pytest.raises(building.BuildError, match=message):
       building.build("isic2018_task3", tree, side=9, out=out)
+  _text(table, "image,dx", "ISIC_0,nv")
+  with pytest.raises(
+    building.BuildError, match="columns image, dx; it needs image, me"
+  ):
+    building.build("isic2018_task3", tree, side=9, out=out)
 
 
 @pytest.mark.parametrize("root", ["OCT2017", "CellData/OCT", "."])
@@ -219,6 +248,9 @@ def test_oct_keeps_a_patient_in_one_part(root, tree, out):
   patients = _patients(built, "train") | _patients(built, "test")
   assert patients["CNV-7-2"] == patients["DME-7-1"] == "7"
   assert patients["NORMAL-1016042-58"] == "1016042"
+  shutil.rmtree(tree / root / "test")
+  with pytest.raises(building.BuildError, match=r"no folder \S*test/CNV\. Download"):
+    building.build("kermany_oct", tree, side=9, out=out)
 
 
 def test_chest_x_rays_of_both_namings(tree, out):
@@ -264,6 +296,12 @@ def test_aptos(tree, out):
   _text(tree / "train.csv", "id_code,diagnosis", "001639a390f0,5")
   with pytest.raises(building.BuildError, match="label '5'; it needs 0 to 4"):
     building.build("aptos2019", tree, side=9, out=out)
+  (tree / "train.csv").write_bytes("id_code,diagnosis,größe\n".encode("latin-1"))
+  with pytest.raises(building.BuildError, match=r"train\.csv is no CSV in UTF-8"):
+    building.build("aptos2019", tree, side=9, out=out)
+  _text(tree / "train.csv", "id_code,diagnosis", "x" * 200_000)
+  with pytest.raises(building.BuildError, match=r"train\.csv is no CSV .*field larger"):
+    building.build("aptos2019", tree, side=9, out=out)
   _text(tree / "train.csv", "id_code,grade", "001639a390f0,4")
   with pytest.raises(building.BuildError, match="it needs id_code, diagnosis"):
     building.build("aptos2019", tree, side=9, out=out)
@@ -289,6 +327,10 @@ def test_messidor_reads_tables_of_every_base(tree, out):
   _text(corrected, COLUMNS, "20051019_38557_0100_PP.tif,Paris,2,1")
   _, load = _built("messidor", tree, out, side=9)
   assert _classes(load("train"))["20051019_38557_0100_PP"] == "R2"
+  corrected = tree / "Annotation_Base11_update20171231.csv"
+  _text(corrected, COLUMNS, "20051019_38557_0100_PP.tif,Paris,1,1")
+  _, load = _built("messidor", tree, out, side=6)
+  assert _classes(load("train"))["20051019_38557_0100_PP"] == "R1"
   (tree / "Base34" / "Annotation_Base34.csv").unlink()
   with pytest.raises(building.BuildError, match=r"none of Annotation_Base34_\*\.csv"):
     building.build("messidor", tree, side=7, out=out)
@@ -301,6 +343,15 @@ def test_messidor_reads_the_published_format(tree, out):
     _picture(tree / "Base12" / f"{name}.tif", 20)
   shutil.copy(GOLDEN / "Annotation_Base12.xls", tree)
   _, load = _built("messidor", tree, out)
+  assert _classes(load("train")) == {"20051019_1_PP": "R3", "20051019_2_PP": "R0"}
+  (tree / "Annotation_Base12.xls").rename(tree / "Annotation_Base12_update20161024.xls")
+  (tree / "Annotation_Base12_update20171231.xls").write_bytes(b"<html>")
+  with pytest.raises(building.BuildError, match=r"20171231\.xls is torn or no \.xls"):
+    building.build("messidor", tree, side=7, out=out)
+  (tree / "Annotation_Base12_update20171231.xls").unlink()
+  old = "20051019_1_PP.tif,Paris,1,1", "20051019_2_PP.tif,Paris,1,1"
+  _text(tree / "Annotation_Base12.csv", COLUMNS, *old)
+  _, load = _built("messidor", tree, out, side=9)
   assert _classes(load("train")) == {"20051019_1_PP": "R3", "20051019_2_PP": "R0"}
 
 
@@ -327,6 +378,11 @@ def test_messidor_2(tree, out):
   patients = _patients(built, "train")
   assert patients["IM1"] == patients["IM000004"] == "examination 1"
   assert patients["20051020_43808_0100_PP"] == ""
+  _text(tree / "messidor-2.csv", "left,right", "IM1.png,IM000004.JPG")
+  with pytest.raises(
+    building.BuildError, match=r"messidor-2\.csv names none of the im"
+  ):
+    building.build("messidor2", tree, side=7, out=out)
 
 
 def _chest14(tree, names, folders):
@@ -372,6 +428,9 @@ def test_chest_xray14_tables_that_do_not_fit(tree, out):
     building.build("chest_xray14", tree, out=out)
   _text(tree / "test_list.txt", "00000003_000.png")
   with pytest.raises(building.BuildError, match=r"00000003_000\.png, which the table"):
+    building.build("chest_xray14", tree, out=out)
+  (tree / "test_list.txt").write_bytes(b"\xe4.png")
+  with pytest.raises(building.BuildError, match=r"test_list\.txt is no list in UTF-8"):
     building.build("chest_xray14", tree, out=out)
   (tree / "test_list.txt").unlink()
   with pytest.raises(building.BuildError, match=r"no file .*test_list\.txt.*nihcc"):
@@ -451,7 +510,18 @@ def test_covid_lungs_are_slices_of_volumes(tree, out):
   assert got.images[:, 4:, :, 0].mean((1, 2)).tolist() == [0, 255, 255, 255]
   assert got.labels[0, 3].tolist() == [1, 1, 0, 0, 0, 0, 2, 2]
   assert set(_patients(built, "train").values()) == {"coronacases_001", "radiopaedia_4"}
-  volume(tree / "Lung_Mask" / "radiopaedia_4.nii.gz", lungs[..., :1])
+  mask = tree / "Lung_Mask" / "radiopaedia_4.nii.gz"
+  volume(mask, 3 * lungs)
+  with pytest.raises(
+    building.BuildError, match=r"_4\.nii\.gz has the value 3; its cla"
+  ):
+    building.build("covid19_ct_lungs", tree, side=9, out=out)
+  volume(mask, RNG.integers(0, 3, lungs.shape))
+  mask.write_bytes(mask.read_bytes()[:-20])
+  with pytest.raises(building.BuildError, match=r"radiopaedia_4\.nii\.gz is torn"):
+    building.build("covid19_ct_lungs", tree, side=7, out=out)
+  assert covid._volume.cache_info().currsize == 0
+  volume(mask, lungs[..., :1])
   with pytest.raises(building.BuildError, match="both need one shape"):
     building.build("covid19_ct_lungs", tree, side=9, out=out)
 
@@ -460,12 +530,10 @@ def test_covid_lungs_are_slices_of_volumes(tree, out):
 def test_what_is_missing_is_named_with_where_to_get_it(name, tree, out):
   with pytest.raises(building.BuildError, match=r"https://\S+"):
     building.build(name, tree, out=out)
-  assert "Layout" in builders.BUILDERS[name].__doc__ or "As `" in (
-    builders.BUILDERS[name].__doc__
-  )
   assert not out.exists() or not list(out.rglob("dataset_info.json"))
-  with pytest.raises(FileNotFoundError, match=f"jaxadv build {name} --manual-dir"):
-    data.load_tfds(name, data_dir=out)
+  for side, words in (("", "DIR;"), ("/128", "DIR --side 128;"), ("/300", "DIR --sid")):
+    with pytest.raises(FileNotFoundError, match=f"build {name} --manual-dir {words}"):
+      data.load_tfds(name + side, data_dir=out)
 
 
 def test_tfds_builds_them_itself(tree, out):
@@ -548,7 +616,7 @@ def test_one_volume_and_every_fifth_image(tmp_path, out):
   ("changes", "message"),
   [
     ({"class_names": np.array(["a", " b"])}, "have no blanks around"),
-    ({"class_names": np.array(["a", "a"])}, "a"),
+    ({"class_names": np.array(["a", "a"])}, "label names are duplicated"),
     ({"split": np.array(["all"] * 10)}, "'all' cannot be the name of a part"),
     ({"split": np.array(["fold 1"] * 10)}, "'fold 1' cannot be"),
     ({"labels": np.full(10, 7)}, "label 7, outside"),
@@ -603,6 +671,13 @@ def test_folders_that_do_not_fit_leave_nothing(tmp_path, out):
   _picture(folder / "images" / "p3.jpg", 1, size=(9, 9))
   with pytest.raises(building.BuildError, match=r"p3\.jpg is uint8 .*--side 128"):
     building.convert(folder, "mine", out=out)
+  floats = _folder(tmp_path / "floats", 1)
+  (floats / "images" / "p0.jpg").unlink()
+  Image.fromarray(np.full((6, 8), 1.5, np.float32)).save(floats / "images" / "p0.tif")
+  with pytest.raises(
+    building.BuildError, match=r"p0\.tif has values in \[1\.5, 1\.5\]"
+  ):
+    building.convert(floats, "mine", out=out)
   grey = _folder(tmp_path / "grey", values=(0, 77))
   with pytest.raises(building.BuildError, match="grey values such as 77"):
     building.convert(grey, "mine", out=out)
@@ -692,7 +767,14 @@ def test_the_command_builds_and_says_how_to_load(tree, out, capsys, monkeypatch)
   monkeypatch.setenv("TFDS_DATA_DIR", str(out))
   _isic("isic2017_segmentation", tree)
   words = ["build", "isic2017_segmentation", "--manual-dir", str(tree), "--side", "8"]
+  logging.getLogger("absl").setLevel(logging.INFO)
+  found = importlib.util.find_spec  # the rest of the report extra is not needed
+  monkeypatch.setattr(
+    "importlib.util.find_spec",
+    lambda name, *rest: None if name == "sklearn" else found(name, *rest),
+  )
   assert cli.main([*words, "--out", str(out)]) == 0
+  assert logging.getLogger("absl").level == logging.CRITICAL
   shown, progress = capsys.readouterr()
   assert "train 2, test 1" in shown
   assert "tfds:isic2017_segmentation/8" in shown
@@ -718,6 +800,7 @@ def test_a_converted_folder_is_found_by_its_name_alone(tmp_path, out):
     (["aptos2019", "--name", "x"], "is a builder"),
     (["folder"], "is no builder; write"),
     (["folder", "--manual-dir", "x"], "is no builder; write"),
+    ([".", "--name", "x", "--side", "0"], "the side is 0"),
     (["missing.npz", "--name", "x"], "is no builder, folder or pack; the builders are"),
     (["aptos2019", "--manual-dir", "missing"], r"no file missing/train.csv"),
     (["aptos2019", "--manual-dir", ".", "--side", "0"], "the side is 0"),

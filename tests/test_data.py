@@ -102,6 +102,10 @@ def test_a_pack_without_words_is_split_by_position(tmp_path):
     ({"images": np.full((10, 8, 8, 1), np.nan, np.float32)}, "nan"),
     ({"images": np.zeros((10, 8, 8, 1), np.int64)}, "int64 images"),
     ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "N >= 1"),
+    ({"split": np.array(["train"] * 9)}, r"10 images but `split` \(9,\)"),
+    ({"ids": np.array(["case"] * 11)}, r"10 images but `ids` \(11,\)"),
+    ({"split": np.arange(10)}, "`split` of int64; write words"),
+    ({"split": np.array([b"train"] * 10)}, r"`split` of \|S5; write words"),
   ],
 )
 def test_packs_that_do_not_fit_are_refused(tmp_path, changes, message):
@@ -184,6 +188,10 @@ def test_a_folder_resized_and_one_of_16_bits(tmp_path):
   pixels = np.full((8, 8), 65535, np.uint16)
   Image.fromarray(pixels).save(deep / "images" / "p0.png")
   assert data.load(deep).images.tolist() == np.ones((1, 8, 8, 1)).tolist()
+  (deep / "images" / "p0.png").unlink()
+  big_endian = Image.frombytes("I;16B", (8, 8), pixels.astype(">u2").tobytes())
+  big_endian.save(deep / "images" / "p0.tif")
+  assert data.load(deep).images.tolist() == np.ones((1, 8, 8, 1)).tolist()
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
@@ -200,10 +208,19 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
   torn.write_bytes(torn.read_bytes()[:40])
   with pytest.raises(ValueError, match=r"p2\.png is torn or no picture"):
     data.load(folder)
+  Image.new("RGB", (8, 8)).save(folder / "images" / "p1.tif")
+  with pytest.raises(ValueError, match=r"p1\.jpg and \S*p1\.tif have one name"):
+    data.load(folder)
   folder = _folder(tmp_path / "c")
   Image.new("RGB", (8, 8), (255, 0, 0)).save(folder / "masks" / "p0.png")
   with pytest.raises(ValueError, match=r"p1\.png is"):
     data.load(folder)
+
+
+def test_a_picture_that_is_too_large_to_read_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+  with pytest.raises(ValueError, match=r"p0\.jpg is torn .*exceeds limit"):
+    data.load(_folder(tmp_path))
 
 
 def _prepare_tfds(folder, sides=(8, 8, 8)):
@@ -275,6 +292,8 @@ def test_tfds_sets_that_cannot_be_read(tmp_path):
     data.load_tfds("tiny", data_dir=tmp_path)
   with pytest.raises(FileNotFoundError, match="TFDS has no data set 'no_such_set'"):
     data.load_tfds("no_such_set", data_dir=tmp_path)
+  with pytest.raises(FileNotFoundError, match="no data set 'mnist_corrupted/x'"):
+    data.load_tfds("mnist_corrupted/x", data_dir=tmp_path)
   with pytest.raises(FileNotFoundError, match=r"\.download_and_prepare\(\)"):
     data.load_tfds("mnist", data_dir=tmp_path)
   for file in tmp_path.rglob("*.array_record*"):

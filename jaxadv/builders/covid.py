@@ -1,6 +1,7 @@
 """CT of the lungs in COVID-19: slices with or without it, and lungs in volumes."""
 
 import functools
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -10,6 +11,7 @@ from jaxadv.builders import base, files
 __all__ = ["Covid19CtLungs", "CovidCt"]
 
 _WINDOW = (-1000, 400)  # Hounsfield units
+_TORN = (EOFError, OSError, zlib.error)
 
 
 class CovidCt(base.ManualBuilder):
@@ -19,9 +21,9 @@ class CovidCt(base.ManualBuilder):
     Images-processed/CT_COVID/*.png and *.jpg, Images-processed/CT_NonCOVID/...
     Data-split/COVID/trainCT_COVID.txt, valCT_COVID.txt, testCT_COVID.txt
     Data-split/NonCOVID/trainCT_NonCOVID.txt, ...
-  A list has a file name on each line. The authors split by patient; the patients are in
-  COVID-CT-MetaInfo.xlsx, which is not read. The licence of the images, which were cut
-  out of preprints, was not found.
+  A list has a file name on each line. That the authors split by patient is doubtful,
+  and not checked: the patients are in COVID-CT-MetaInfo.xlsx, which is not read. The
+  licence of the images, which were cut out of preprints, was not found.
   """
 
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
@@ -53,7 +55,9 @@ class Covid19CtLungs(base.ManualBuilder):
   Layout, as the archives unpack:
     COVID-19-CT-Seg_20cases/coronacases_001.nii.gz, radiopaedia_4_85506_1.nii.gz, ...
     Lung_Mask/coronacases_001.nii.gz, ...: 0, 1 left lung, 2 right lung
-  Slices are turned as radiologists see them, front up, and written in order. Volumes in
+  Slices are turned as radiologists see them, front up, and written in order. For that
+  the axes are assumed to run from right to left, from back to front and upwards; the
+  affine of a volume, which could say otherwise, is not read. Volumes in
   Hounsfield units are cut to -1000..400; those of radiopaedia, published with values
   from 0 to 255, are taken as they are. Both, and that this is the set of the SMIA
   paper, were not verified on the files. There is no test part; the case is the patient.
@@ -76,16 +80,20 @@ class Covid19CtLungs(base.ManualBuilder):
       raise FileNotFoundError(f"there is no *.nii.gz in {place}.")
     return {"train": [slice_ for file in volumes for slice_ in _slices(file, folder)]}
 
+  def _examples(self, records):
+    try:
+      yield from super()._examples(records)
+    finally:
+      _volume.cache_clear()
+
   def _example(self, record):
     # The number of the slice is at the end of its name.
     n, side = int(record.id.rpartition(" ")[2]), self.builder_config.side
-    image, mask = _volume(record.image)[..., n], _volume(record.masks[0])[..., n]
+    image, mask = _volume(record.image)[..., n], _classes(record.masks[0], n)
     how = Image.Resampling
     return {
       "image": base.encoded(_upright(_grey(image, record), side, how.BILINEAR)),
-      "segmentation_mask": base.encoded(
-        _upright(mask.astype(np.uint8), side, how.NEAREST)
-      ),
+      "segmentation_mask": base.encoded(_upright(mask, side, how.NEAREST)),
       "id": record.id,
       "patient": record.patient,
     }
@@ -112,13 +120,26 @@ def _nifti(file):
     raise ValueError(f"{file} needs: pip install 'jaxadv[build]'.") from error
   try:
     return nibabel.load(file)
-  except nibabel.filebasedimages.ImageFileError as error:
+  except (nibabel.filebasedimages.ImageFileError, *_TORN) as error:
     raise ValueError(f"{file} is torn or no NIfTI volume ({error}).") from error
 
 
 @functools.lru_cache(maxsize=2)  # a volume and its mask: a slice is not read alone
 def _volume(file):
-  return np.asarray(_nifti(file).dataobj, np.float32)
+  volume = _nifti(file)
+  try:
+    return np.asarray(volume.dataobj, np.float32)
+  except _TORN as error:
+    raise ValueError(f"{file} is torn ({error}).") from error
+
+
+def _classes(file, n):
+  """A slice of a mask; scaled volumes hold its classes but for the last bits."""
+  mask = np.rint(_volume(file)[..., n])
+  wrong = np.setdiff1d(mask, (0, 1, 2))
+  if wrong.size:
+    raise ValueError(f"{file} has the value {wrong[0]:g}; its classes are 0, 1 and 2.")
+  return mask.astype(np.uint8)
 
 
 def _grey(values, record):

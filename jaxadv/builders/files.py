@@ -60,13 +60,16 @@ def find(
 
 
 def first(folder: pathlib.Path, *names: str) -> pathlib.Path:
-  """The first of `names` that exists in `folder`; a `*` stands for anything.
+  """The first of `names` that exists in `folder`.
+
+  A `*` stands for anything; of several files the last in order is taken, which has the
+  latest date.
 
   Raises:
     FileNotFoundError: when none does, with all of them.
   """
   for name in names:
-    for file in sorted(folder.glob(name)):
+    for file in sorted(folder.glob(name), reverse=True):
       return file
   raise FileNotFoundError(f"{folder} has none of {', '.join(names)}.")
 
@@ -83,12 +86,16 @@ def rows(
 
   Raises:
     FileNotFoundError: when the file is missing.
-    ValueError: when columns are missing, and for a row that is too short.
+    ValueError: when columns are missing, for a row that is too short, and for a file
+      that is no CSV in UTF-8.
   """
   if not file.is_file():
     raise FileNotFoundError(f"there is no file {file}.")
-  with open(file, newline="", encoding="utf-8-sig") as opened:
-    table = [row for row in csv.reader(opened) if any(cell.strip() for cell in row)]
+  try:
+    with open(file, newline="", encoding="utf-8-sig") as opened:
+      table = [row for row in csv.reader(opened) if any(cell.strip() for cell in row)]
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise ValueError(f"{file} is no CSV in UTF-8 ({error}); save it so.") from error
   return by_column(file, [list(head)] + table if head else table, *needed)
 
 
@@ -116,10 +123,14 @@ def lines(file: pathlib.Path) -> list[str]:
 
   Raises:
     FileNotFoundError: when the file is missing.
+    ValueError: when it is not in UTF-8.
   """
   if not file.is_file():
     raise FileNotFoundError(f"there is no file {file}.")
-  text = file.read_text(encoding="utf-8-sig")
+  try:
+    text = file.read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{file} is no list in UTF-8 ({error}); save it so.") from error
   return [line.strip() for line in text.splitlines() if line.strip()]
 
 

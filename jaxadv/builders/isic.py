@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from jaxadv import pictures
 from jaxadv.builders import base, files
 
 __all__ = [
@@ -35,16 +36,16 @@ class _Segmentation:
 
 
 def _masked(folder, mask_folder):
-  masks = files.images(mask_folder)
-  records = []
-  for name, file in files.images(folder).items():
-    found = [masks.get(name + end) for end in ("_segmentation", "_Segmentation")]
-    mask = next((mask for mask in found if mask), None)
-    if mask is None:
-      raise FileNotFoundError(
-        f"{file} has no mask; {mask_folder / name}_segmentation.png is missing."
-      )
-    records.append(base.Record(name, file, masks=(mask,)))
+  found, masks = files.images(folder), files.images(mask_folder)
+  records = [
+    base.Record(name, file, masks=(pictures.partner(file, masks),))
+    for name, file in found.items()
+  ]
+  if len(found) != len(masks):
+    raise ValueError(
+      f"{folder} has {len(found)} images but {mask_folder} {len(masks)} masks; unpack "
+      "both archives whole."
+    )
   return records
 
 
@@ -113,6 +114,7 @@ class _Diagnosis:
   classes: tuple[str, ...]
   tables: ClassVar[dict[str, tuple[str, str]]]
   column = "image"
+  needed: tuple[str, ...]  # columns beside it, in small letters
   head: tuple[str, ...] = ()
 
   def _parts(self, folder):
@@ -123,14 +125,14 @@ class _Diagnosis:
     }
 
   def _records(self, folder, table):
-    pictures = files.images(folder)
+    found = files.images(folder)
     return [
       base.Record(
         row[self.column],
-        files.find(pictures, row[self.column], table),
+        files.find(found, row[self.column], table),
         self._diagnosis(row, table),
       )
-      for row in files.rows(table, self.column, head=self.head)
+      for row in files.rows(table, self.column, *self.needed, head=self.head)
     ]
 
   def _diagnosis(self, row, table):
@@ -158,6 +160,7 @@ class Isic2016Task3(_Diagnosis, base.ManualBuilder):
 
   MANUAL_DOWNLOAD_INSTRUCTIONS = _SITE.format("2016, task 3")
   classes = ("benign", "malignant")
+  needed = ("label",)
   head = ("image", "label")
   tables: ClassVar = {
     part: (
@@ -186,6 +189,7 @@ class Isic2017Task3(_Diagnosis, base.ManualBuilder):
   MANUAL_DOWNLOAD_INSTRUCTIONS = _SITE.format("2017, task 3")
   classes = ("nevus", "melanoma", "seborrheic_keratosis")
   column = "image_id"
+  needed = ("melanoma", "seborrheic_keratosis")
   tables: ClassVar = {
     part: (f"ISIC-2017_{word}_Data", f"ISIC-2017_{word}_Part3_GroundTruth.csv")
     for part, word in (
@@ -210,6 +214,7 @@ class Isic2018Task3(_Diagnosis, base.ManualBuilder):
 
   MANUAL_DOWNLOAD_INSTRUCTIONS = _SITE.format("2018, task 3")
   classes = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
+  needed = ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc")
   tables: ClassVar = {
     part: (
       f"ISIC2018_Task3_{word}_Input",

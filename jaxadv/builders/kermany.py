@@ -25,7 +25,9 @@ class _Kermany:
     root = files.first(folder, *self.roots).parent
     found = {"train": root / "train", "val": root / "val", "test": root / "test"}
     return {
-      part: self._records(place) for part, place in found.items() if place.is_dir()
+      part: self._records(place)
+      for part, place in found.items()
+      if part != "val" or place.is_dir()  # some copies have no val
     }
 
   def _records(self, folder):

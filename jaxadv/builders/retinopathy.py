@@ -40,9 +40,10 @@ class Messidor(base.ManualBuilder):
     Annotation_Base11.xls, and the like for every base: columns Image name,
       Ophthalmologic department, Retinopathy grade, Risk of macular edema
   A table may also be saved as Annotation_Base11.csv, which is then taken. A corrected
-  table has a date behind the name, and goes before the other. Only bases that are there
-  are read. R0 is without lesions, R3 the worst. There is no test part, and the patients
-  are not named; doubled images, some of which the source lists, are not removed.
+  table has a date behind the name, and goes before the other, the latest before all.
+  Only bases that are there are read. R0 is without lesions, R3 the worst. There is no
+  test part, and the patients are not named; doubled images, some of which the source
+  lists, are not removed.
   Licence: research and education only, no redistribution.
   """
 
@@ -60,7 +61,7 @@ class Messidor(base.ManualBuilder):
 
   def _base(self, folder):
     start = f"Annotation_{folder.name}"
-    ends = ("_*.csv", ".csv", "_*.xls", ".xls")
+    ends = ("_*.csv", "_*.xls", ".csv", ".xls")
     names = [f"{at}{start}{end}" for end in ends for at in ("", f"{folder.name}/")]
     table = files.first(folder.parent, *names)
     columns = "image name", "retinopathy grade"
@@ -95,8 +96,11 @@ class Messidor2(base.ManualBuilder):
     graded = [row for row in files.rows(table, *columns) if row[columns[1]]]
     pictures = files.images(files.first(folder, "IMAGES", "images"))
     records = _graded(graded, pictures, table, self.classes, *columns)
-    patients = _examinations(folder / "messidor-2.csv")
+    pairs = folder / "messidor-2.csv"
+    patients = _examinations(pairs)
     named = [r._replace(patient=patients.get(r.id.lower(), "")) for r in records]
+    if pairs.is_file() and not any(record.patient for record in named):
+      raise ValueError(f"{pairs} names none of the images; write left;right a line.")
     return {"train": named}
 
 
@@ -120,7 +124,10 @@ def _sheet(table, *columns):
     raise ValueError(
       f"{table} needs: pip install 'jaxadv[build]'; or save it as .csv beside."
     ) from error
-  sheet = xlrd.open_workbook(table).sheet_by_index(0)
+  try:
+    sheet = xlrd.open_workbook(table).sheet_by_index(0)
+  except xlrd.XLRDError as error:
+    raise ValueError(f"{table} is torn or no .xls table ({error}).") from error
   cells = [sheet.row_values(n) for n in range(sheet.nrows)]
   return files.by_column(table, cells, *columns)
 
