@@ -155,7 +155,7 @@ def test_every_process_writes_its_own_rows_and_they_are_those_of_one(folder):
   assert sorted(again, key=lambda row: int(row["pair"])) == rows(one / "rows.csv")
 
 
-@pytest.mark.parametrize("killed", [1, 0])
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(folder, killed):
   """Both are killed once, in training; two started anew end with the bits of one."""
   one, place = folder / "one", folder / f"killed-{killed}"
@@ -202,7 +202,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(folder):
     assert "cannot be cut evenly over 2 processes" in error
 
 
-def test_a_process_that_finds_no_others_says_what_to_set(monkeypatch, capsys):
+def test_a_process_that_finds_no_others_says_what_to_set(monkeypatch):
   for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
     monkeypatch.delenv(name, raising=False)
   script = "import sys; from jaxadv import cli; sys.exit(cli.main(sys.argv[1:]))"
