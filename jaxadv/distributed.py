@@ -100,6 +100,8 @@ def mesh(devices: int | None = None) -> Mesh:
     >>> mesh().size, mesh(2).size
     (1, 2)
   """
+  if devices is not None:  # of CPUs; see `jaxadv.sharding`
+    os.environ.setdefault("NPROC", str(4 * devices))
   own = len(jax.local_devices())
   usual = 1 if jax.default_backend() == "cpu" else own
   count = usual if devices is None else devices

@@ -9,6 +9,10 @@
 The same code runs on one device, on eight and, after `jax.distributed.initialize()`, in
 many processes, each of which brings its own rows of a batch. `data_parallel` is the
 other form of a step, made with `axis_name`; it is what `microbatches` needs.
+
+Several devices simulated on a CPU need more threads than XLA takes by itself, one per
+core, or a reduction can wait for devices that have none: set `$NPROC` to some times
+their number before JAX starts.
 """
 
 import collections
