@@ -259,9 +259,8 @@ def _rows(run):
   ]
   unknown = sorted({row["attack"] for row in rows} - order.keys())
   if unknown:
-    raise JobError(
-      f"{run.folder}/rows*.csv have rows of {unknown}, no attacks; delete them."
-    )
+    shards = f"{run.folder}/rows*.csv"
+    raise JobError(f"{shards} have rows of {unknown}, no attacks here; delete them.")
   return sorted(rows, key=lambda row: (order[row["attack"]], row["pair"]))
 
 

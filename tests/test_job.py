@@ -238,7 +238,7 @@ def test_rows_of_an_attack_that_is_not_run_are_refused(config, finished, tmp_pat
   folder = copy(finished[0], tmp_path)
   lines = (folder / "rows.csv").read_text().splitlines(keepends=True)
   (folder / "rows.csv").write_text("".join(lines).replace("noise", "louder"))
-  with pytest.raises(job.JobError, match=r"rows of \['louder'\], not among"):
+  with pytest.raises(job.JobError, match=r"rows of \['louder'\], no attacks here"):
     job.attack(job.prepare(config, out=folder))
 
 
