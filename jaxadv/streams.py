@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxadv.lazy import Rows
@@ -20,9 +22,14 @@ __all__ = ["as_float", "batches", "members", "prefetch"]
 
 Item = TypeVar("Item")
 
+# XLA makes a product of a division by 255, which is off in the last bit.
+_LEVELS = np.arange(256, dtype=np.float32) / np.float32(255)
 
-def as_float(images: np.ndarray | Rows) -> Any:
+
+def as_float(images: np.ndarray | jax.Array | Rows) -> Any:
   """Images in [0, 1]: uint8 divided by 255, float as it is; float32. Lazy ones stay so.
+
+  On a device, inside `jit` or not, the bits are those of the host.
 
   Example:
     >>> as_float(np.array([0, 51, 255], np.uint8)).tolist()
@@ -30,6 +37,8 @@ def as_float(images: np.ndarray | Rows) -> Any:
   """
   if isinstance(images, Rows):
     return images.map(as_float)
+  if images.dtype == np.uint8 and isinstance(images, jax.Array):
+    return jnp.asarray(_LEVELS)[images]
   scale = np.float32(255 if images.dtype == np.uint8 else 1)
   return images.astype(np.float32) / scale
 

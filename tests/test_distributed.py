@@ -10,6 +10,7 @@ import sys
 import time
 
 import helpers
+import numpy as np
 import pytest
 
 from jaxadv import cli
@@ -46,14 +47,43 @@ def get_config(*, quick=False):
   )
 """
 
+DEFEND = """
+import optax
+from jaxadv import attacks, defences
+from jaxadv.experiments import DefenceStudy, Recipe
+from jaxadv.models import ConvNet
+from jaxadv.robustness import Effort
+
+def get_config(*, quick=False):
+  return DefenceStudy(
+    recipe=Recipe(
+      model=ConvNet(num_classes=3, width=4, depth=2), optimizer=optax.adam(1e-2),
+      data=("PACK",), train_steps=8, batch_size=12, holdout=0.2, checkpoint_every=4,
+      monitor=attacks.pgd(0.1, num_steps=2), microbatches=4,
+    ),
+    defences={"at": defences.adversarial_training(0.1, num_steps=2)}, seeds=(0,),
+    eps=0.1, radii=(0.1,), num_images=9, effort=Effort(2, 2, 4, 0.6, 3, 10),
+  )
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, discs):
   folder = tmp_path_factory.mktemp("distributed")
   pack = helpers.color_pack(folder / "colors.npz", train=36, test=12)
   (folder / "uap.py").write_text(UAP.replace("PACK", str(pack)))
+  fast = UAP.replace("microbatches=4,", "").replace("PACK", str(pack))
+  (folder / "fast.py").write_text(fast)
+  (folder / "defend.py").write_text(DEFEND.replace("PACK", str(pack)))
   (folder / "attack.py").write_text(ATTACK.replace("PACK", str(discs)))
   return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+  """The universal run of one process on one device."""
+  alone("uap", folder / "uap.py", "--out", folder / "one")
+  return folder / "one"
 
 
 def start(processes, *words):
@@ -90,19 +120,18 @@ def finish(started, *, seconds=300):
   return ended
 
 
-def alone(folder, command, *words):
-  assert (
-    cli.main([command, str(folder / f"{command}.py"), "--no-progress", *words]) == 0
-  )
+def alone(*words):
+  """`jaxadv WORDS` in this process."""
+  assert cli.main([*map(str, words), "--no-progress"]) == 0
 
 
 @pytest.mark.parametrize(
   "processes", [2, pytest.param(4, marks=pytest.mark.long)], ids=str
 )
-def test_a_universal_run_of_several_processes_has_the_bits_of_one(folder, processes):
-  one, many = folder / "one", folder / f"uap-{processes}"
-  if not one.exists():
-    alone(folder, "uap", "--out", str(one))
+def test_a_universal_run_of_several_processes_has_the_bits_of_one(
+  folder, one, processes
+):
+  many = folder / f"uap-{processes}"
   ended = finish(start(processes, "uap", folder / "uap.py", "--out", many))
   assert [status for status, *_ in ended] == [0] * processes, ended
   assert "results: " in ended[0][1]
@@ -137,7 +166,7 @@ def rows(path):
 
 def test_every_process_writes_its_own_rows_and_they_are_those_of_one(folder):
   one, two = folder / "attack-one", folder / "attack-two"
-  alone(folder, "attack", "--out", str(one))
+  alone("attack", folder / "attack.py", "--out", one)
   ended = finish(start(2, "attack", folder / "attack.py", "--out", two))
   assert [status for status, *_ in ended] == [0, 0], ended
   shards = [rows(two / name) for name in ("rows.csv", "rows-0001.csv")]
@@ -150,17 +179,62 @@ def test_every_process_writes_its_own_rows_and_they_are_those_of_one(folder):
   assert results[1]["pairs"] == 7
   # One process finishes what two began.
   (two / "rows-0001.csv").write_text((two / "rows-0001.csv").read_text()[:-30])
-  alone(folder, "attack", "--out", str(two))
+  alone("attack", folder / "attack.py", "--out", two)
   again = rows(two / "rows.csv") + rows(two / "rows-0001.csv")
   assert sorted(again, key=lambda row: int(row["pair"])) == rows(one / "rows.csv")
 
 
+def test_the_fast_sum_of_two_processes_ends_near_that_of_one(folder):
+  """The last bits may differ; a pattern of other images' gradients would be far off."""
+  places = [folder / "fast-one", folder / "fast-two"]
+  alone("uap", folder / "fast.py", "--out", places[0])
+  ended = finish(start(2, "uap", folder / "fast.py", "--out", places[1]))
+  assert [status for status, *_ in ended] == [0, 0], ended
+  found = [sorted(place.glob("perturbations/*/*/*/uap.npy")) for place in places]
+  assert len(found[0]) == len(found[1]) == 3
+  for pair in zip(*found, strict=True):
+    one, two = map(np.load, pair)
+    assert np.abs(one - two).max() < 1e-3 * np.abs(one).max()
+
+
+@pytest.mark.long
+def test_models_are_defended_attacked_and_looked_into_by_two_processes(folder):
+  one, two = folder / "defend-one", folder / "defend-two"
+  words = ["analyse", folder / "defend.py", "--out"]
+  alone(*words, one)
+  ended = finish(start(2, *words, two))
+  assert [status for status, *_ in ended] == [0, 0], ended
+  assert "results: " in ended[0][1]
+  assert "results" not in ended[1][1]
+  assert same(one, two, "victims/*/results.json") == 2
+  assert same(one, two, "attacked/*/*.npz") == 2
+  results = [json.loads((place / "results.json").read_text()) for place in (one, two)]
+  assert results[0]["rows"] == results[1]["rows"]
+  assert results[0]["checks"] == results[1]["checks"]
+  assert same(one, two, "analysis/**/*.png") == 8
+
+
+def test_sigterm_to_one_process_stops_both_and_one_goes_on(folder):
+  """The one that is not asked hears of it, and both stop after the same step."""
+  one, place = folder / "term-one", folder / "term"
+  words = ["train", folder / "uap.py", "--steps", "160", "--out"]
+  started = start(2, *words, place)
+  wait_for(place / "victims" / "small" / "checkpoints" / "step_00000004", started)
+  started[1].send_signal(signal.SIGTERM)
+  ended = finish(started, seconds=120)
+  assert [status for status, *_ in ended] == [143, 143], ended
+  for _, _, error in ended:
+    assert "stopped by SIGTERM; the same command goes on from here" in error
+    assert "Traceback" not in error
+  alone(*words, place)
+  alone(*words, one)
+  assert same(one, place, "victims/small/results.json") == 1
+
+
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.long)])
-def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(folder, killed):
+def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(folder, one, killed):
   """Both are killed once, in training; two started anew end with the bits of one."""
-  one, place = folder / "one", folder / f"killed-{killed}"
-  if not one.exists():
-    alone(folder, "uap", "--out", str(one))
+  place = folder / f"killed-{killed}"
   started = start(2, "uap", folder / "uap.py", "--out", place)
   wait_for(place / "victims" / "small" / "checkpoints" / "step_00000004", started)
   started[killed].kill()
@@ -221,11 +295,9 @@ def test_more_devices_than_there_are_are_refused(folder, capsys):
   assert "`devices` is 9; this process has 8" in capsys.readouterr().err
 
 
-def test_a_universal_run_on_eight_devices_has_the_bits_of_one(folder):
+def test_a_universal_run_on_eight_devices_has_the_bits_of_one(folder, one):
   """Batches of 12 in 4 microbatches use 4 of them for a step, and all to look."""
-  one, eight = folder / "one", folder / "eight"
-  if not one.exists():
-    alone(folder, "uap", "--out", str(one))
-  alone(folder, "uap", "--out", str(eight), "--devices", "8")
+  eight = folder / "eight"
+  alone("uap", folder / "uap.py", "--out", eight, "--devices", "8")
   assert same(one, eight, "perturbations/small/*/*/uap.npy") == 3
   assert same(one, eight, "victims/small/results.json") == 1
