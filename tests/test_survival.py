@@ -173,6 +173,15 @@ def test_sigterm_stops_an_attack_after_the_batch_in_hand(discs, tmp_path):
   assert len(images) == done
 
 
+@pytest.fixture
+def interrupts():
+  """Python's own answer to SIGINT, which shells take from what runs behind them."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_second_signal_stops_at_once():
   with preemption.watch():
     assert not preemption.requested()
