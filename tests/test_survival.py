@@ -300,7 +300,7 @@ def kill_anywhere(command, config, folder, *, patterns):
 
 @pytest.mark.long
 def test_uap_killed_at_twenty_moments_ends_with_the_same_bits(pack, tmp_path):
-  config = study(tmp_path, pack, train=900, craft=900, every=15)
+  config = study(tmp_path, pack, train=1500, craft=1500, every=15)
   killed = tmp_path / "killed"
   doing = kill_anywhere("uap", config, killed, patterns=SAVES)
   assert len(doing) == 20, "the run is too short for twenty kills"
