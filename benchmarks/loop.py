@@ -4,21 +4,26 @@
 
 Per model: CPU seconds of the jitted `value_and_grad` of the input (`bare`), of one sign
 step inside `lax.scan` (`scan`), of one step of `jaxadv.attacks.pgd` inside the compiled
-loop (`pgd`), and of the same step called from a host loop (`host`). The process is
-pinned to one core and the programs take turns, so other work on the machine disturbs
-all of them alike; reported are medians and quartiles, and ratios of medians to `bare`.
+loop (`pgd`), of the same step called from a host loop (`host`), and of `pgd` over the
+model after `jaxadv.freeze` (`frozen`). The process is pinned to one core and the
+programs take turns, so other work on the machine disturbs all of them alike; reported
+are medians and quartiles, and ratios of medians to `bare`.
 
 `unet<width>-<norm>` is our U-Net. `twin<width>` has the same blocks on plain Flax
 convolutions, transposed convolutions and pooling, for comparison. The classifiers have
-the names of `jaxadv.studies.seven_architectures`, at a quarter of their width.
+the names of `jaxadv.studies.seven_architectures`, at a quarter of their width. With
+`flax-` before it, any model of ours is built on the convolutions and pools of Flax.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import statistics
 import time
+from typing import Any, NamedTuple
+from unittest import mock
 
 if __name__ == "__main__" and hasattr(os, "sched_setaffinity"):  # before jax starts
   os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -29,9 +34,10 @@ import jax
 import jax.numpy as jnp
 
 import jaxadv
-from jaxadv import models, studies, types
+from jaxadv import models, pooling, studies, types
+from jaxadv.models import convolution
 
-__all__ = ["Twin", "build", "measure", "programs"]
+__all__ = ["OnFlax", "Twin", "build", "measure", "programs"]
 
 MODELS = ("unet16-group", "unet16-none", "unet32-group", "unet32-none", "twin16")
 
@@ -62,8 +68,45 @@ class Twin(nn.Module):
     return x
 
 
+class OnFlax(NamedTuple):
+  """A model of ours on the convolutions and pools of Flax."""
+
+  model: Any
+
+  def init(self, *arguments):
+    """Variables, the same as the model's own."""
+    with _flax():
+      return self.model.init(*arguments)
+
+  def apply(self, *arguments):
+    """Logits and features, the same but for rounding."""
+    with _flax():
+      return self.model.apply(*arguments)
+
+
+@contextlib.contextmanager
+def _flax():
+  def pool(function, image, window=2, *, strides=None, padding="VALID", **kept):
+    rank = image.ndim - 2
+    sides, steps = (window,) * rank, (strides or window,) * rank
+    return function(image, sides, steps, padding, **kept)
+
+  def mean(*arguments, count_padding=False):
+    return nn.avg_pool(*arguments, count_include_pad=count_padding)
+
+  lax = jax.lax.conv_general_dilated
+  with (
+    mock.patch.object(convolution, "conv_general_dilated", lax),
+    mock.patch.object(pooling, "max_pool", functools.partial(pool, nn.max_pool)),
+    mock.patch.object(pooling, "avg_pool", functools.partial(pool, mean)),
+  ):
+    yield
+
+
 def build(name):
   """The model called `unet<width>-<norm>`, `twin<width>`, or as in the study."""
+  if name.startswith("flax-"):
+    return OnFlax(build(name.removeprefix("flax-")))
   classifiers = studies.seven_architectures(num_classes=3)
   if name in classifiers:
     return classifiers[name]
@@ -96,6 +139,10 @@ def programs(model, *, side, batch, steps):
   scan = jax.jit(lambda x: jax.lax.scan(sign_step, x, length=steps))
   pgd = jax.jit(lambda state: jax.lax.scan(step, state, length=steps))
   host = jax.jit(step)
+  stepped = functools.partial(attack.step, jaxadv.freeze(predict, x), x, target)
+  frozen = jax.jit(
+    lambda state: jax.lax.scan(lambda s, _: stepped(s), state, length=steps)
+  )
   return {
     "bare": lambda: [bare(x) for _ in range(steps)],
     "scan": lambda: scan(x),
@@ -103,6 +150,7 @@ def programs(model, *, side, batch, steps):
     "host": lambda: functools.reduce(
       lambda s, _: host(s, None)[0], range(steps), state
     ),
+    "frozen": lambda: frozen(state),
   }
 
 
@@ -157,7 +205,7 @@ def main():
     for program, row in rows.items():
       low, high = row["quartiles_ms"]
       print(
-        f"{name:14} {program:5} {row['ms']:8.1f} ({low:.1f}-{high:.1f})"
+        f"{name:18} {program:6} {row['ms']:8.1f} ({low:.1f}-{high:.1f})"
         f"  x{row['over_bare']:.3f}",
         flush=True,
       )

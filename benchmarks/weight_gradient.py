@@ -36,8 +36,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxadv import models, training, victims
-from jaxadv.models import convolution, patches, weight_gradient
+from jaxadv import models, patches, training, victims
+from jaxadv.models import convolution, weight_gradient
 
 __all__ = ["MODELS", "WAYS", "layer_programs", "measure", "model_programs", "summary"]
 

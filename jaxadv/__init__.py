@@ -9,6 +9,7 @@ maps images `(B, ..., C)` in [0, 1] to logits, or to `(logits, features)`.
 
 from jaxadv import attacks, combine, losses, targets, threats, transforms
 from jaxadv.engine import Attack, Universal, gradient_attack, universal_attack
+from jaxadv.freezing import freeze
 from jaxadv.types import AttackResult, Objective, Sample, Threat
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
   "Universal",
   "attacks",
   "combine",
+  "freeze",
   "gradient_attack",
   "losses",
   "targets",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxadv import canonical, pooling
 from jaxadv.models import convolution
 
 LAYOUTS = {
@@ -180,7 +181,7 @@ def test_max_pool_equals_reduce_window_bit_for_bit(shape):
   # few distinct values, so that most windows hold ties
   image = jnp.asarray(np.random.default_rng(0).integers(0, 3, shape), jnp.float32)
   window = (2,) * rank
-  ours, our_pull = jax.vjp(convolution.max_pool, image)
+  ours, our_pull = jax.vjp(pooling.max_pool, image)
   want, pull = jax.vjp(lambda x: nn.max_pool(x, window, window), image)
   cotangent = jnp.asarray(np.random.default_rng(1).normal(size=want.shape), jnp.float32)
   helpers.assert_trees_equal((ours, *our_pull(cotangent)), (want, *pull(cotangent)))
@@ -203,13 +204,13 @@ def test_pools_with_overlap_and_padding(side, window, stride, padding):
   own = {"strides": stride, "padding": padding}
   flax = (window,) * 2, (stride,) * 2, padding
   pairs = [
-    (lambda x: convolution.max_pool(x, window, **own), lambda x: nn.max_pool(x, *flax)),
+    (lambda x: pooling.max_pool(x, window, **own), lambda x: nn.max_pool(x, *flax)),
     (
-      lambda x: convolution.avg_pool(x, window, **own),
+      lambda x: pooling.avg_pool(x, window, **own),
       lambda x: nn.avg_pool(x, *flax, count_include_pad=False),
     ),
     (
-      lambda x: convolution.avg_pool(x, window, count_padding=True, **own),
+      lambda x: pooling.avg_pool(x, window, count_padding=True, **own),
       lambda x: nn.avg_pool(x, *flax),
     ),
   ]
@@ -225,8 +226,8 @@ def test_pools_with_overlap_and_padding(side, window, stride, padding):
 
 def test_max_pool_of_negative_and_nan_values():
   image = jnp.array([[-3.0, -1.0], [-2.0, jnp.nan]]).reshape(1, 2, 2, 1)
-  assert jnp.isnan(convolution.max_pool(image)).all()
-  assert convolution.max_pool(-jnp.ones((1, 2, 2, 1))).item() == -1
+  assert jnp.isnan(pooling.max_pool(image)).all()
+  assert pooling.max_pool(-jnp.ones((1, 2, 2, 1))).item() == -1
 
 
 @pytest.mark.parametrize("rank", [2, 3])
@@ -241,5 +242,5 @@ def test_depth_to_space_after_a_product_is_a_transposed_convolution(rank):
   # conv_transpose correlates: tap 0 lands on the last pixel of a block
   taps = jnp.flip(kernel, range(rank))
   matrix = jnp.moveaxis(taps, -2, 0).reshape(3, -1)
-  got = convolution.depth_to_space(image @ matrix, (2,) * rank)
+  got = canonical.depth_to_space(image @ matrix, (2,) * rank)
   helpers.assert_trees_close(got, want, atol=1e-5)

@@ -38,6 +38,12 @@ ALLOWED = {
   # the engine knows no concrete part
   "engine": {"types", "inputs", "stepping", "reduction"},
   "reduction": set(),
+  "patches": set(),
+  "canonical": {"patches"},
+  "pooling": {"patches"},
+  "folding": set(),
+  "frozen_rules": {"folding", "canonical", "pooling"},
+  "freezing": {"folding", "frozen_rules"},
   "combine": {"types", "inputs", "stepping"},  # and this no concrete attack
   "line_search": {"types", "inputs"},
   "stability": {"types", "engine"},  # it runs any attack of the engine
@@ -59,7 +65,7 @@ ALLOWED = {
   "outcomes": set(),
   "scores": set(),
   "checks": GROUND | {"types"},
-  "models": {"models"},
+  "models": {"models", "patches", "canonical", "pooling"},
   **dict.fromkeys(SIDE, SIDE),
 }
 LIBRARY = {*ALLOWED, "jaxadv"}  # `import jaxadv` reads the version

@@ -109,7 +109,7 @@ def test_plain_layers_leave_it(loop):
 def test_the_benchmark_measures_every_program(loop, model):
   calls = loop.programs(model, side=8, batch=1, steps=2)
   rows = loop.summary(loop.measure(calls, steps=2, repeats=2))
-  assert list(rows) == ["bare", "scan", "pgd", "host"]
+  assert list(rows) == ["bare", "scan", "pgd", "host", "frozen"]
   assert rows["bare"]["over_bare"] == 1
   assert all(row["ms"] > 0 for row in rows.values())
   assert isinstance(loop.build("twin8"), loop.Twin)

@@ -15,8 +15,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxadv import attacks, models
-from jaxadv.models import convolution, patches, weight_gradient
+from jaxadv import attacks, models, patches
+from jaxadv.models import convolution, weight_gradient
 
 # side of the image, of the kernel, stride, padding: among them rows that no window
 # sees, a cotangent with more pixels than the image, and a kernel larger than its image

@@ -5,7 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxadv.models import convolution, layers
+from jaxadv import pooling
+from jaxadv.models import layers
 
 __all__ = ["ConvNet"]
 
@@ -59,7 +60,7 @@ class ConvNet(nn.Module):
     _check(image, self.depth)
     features, x = {}, image
     for stage in range(self.depth):
-      x = convolution.max_pool(x) if stage else x
+      x = pooling.max_pool(x) if stage else x
       name = f"stage{stage + 1}"
       block = layers.ConvBlock(
         self.width << stage, self.norm, dtype=self.dtype, name=name

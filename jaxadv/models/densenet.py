@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxadv.models import convolution, layers, preprocessing
+from jaxadv import pooling
+from jaxadv.models import layers, preprocessing
 
 __all__ = ["DenseNet", "densenet121", "densenet169"]
 
@@ -81,11 +82,11 @@ class DenseNet(nn.Module):
       layers.scaled(64, self.width), 7, style, strides=2, padding=3, name="stem"
     )
     x = features["stem"] = stem(x, train)
-    x = convolution.max_pool(x, 3, strides=2, padding=[(1, 1)] * 2)
+    x = pooling.max_pool(x, 3, strides=2, padding=[(1, 1)] * 2)
     for stage, count in enumerate(self.blocks, 1):
       if stage > 1:
         unit = _NormConv(x.shape[-1] // 2, 1, style, name=f"transition{stage - 1}")
-        x = convolution.avg_pool(unit(x, train))
+        x = pooling.avg_pool(unit(x, train))
       for k in range(1, count + 1):
         x = _Layer(growth, style, name=f"stage{stage}_layer{k}")(x, train)
       features[f"stage{stage}"] = x

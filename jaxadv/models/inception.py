@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxadv.models import convolution, layers, preprocessing
+from jaxadv import pooling
+from jaxadv.models import layers, preprocessing
 
 __all__ = [
   "STEM",
@@ -179,7 +180,7 @@ def stem(
     pad = "SAME" if name == "Conv2d_2b_3x3" else padding
     image = _unit(plan, width, style, pad, name)(image, train)
     if name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
-      image = convolution.max_pool(image, 3, strides=2, padding=padding)
+      image = pooling.max_pool(image, 3, strides=2, padding=padding)
   return image
 
 
@@ -194,7 +195,7 @@ class Mixed(nn.Module):
     width: factor on all channels.
     style: norm, bias and dtype.
     padding: of the layers with stride 2.
-    count_padding: see `convolution.avg_pool`.
+    count_padding: see `pooling.avg_pool`.
   """
 
   branches: Branches
@@ -208,13 +209,13 @@ class Mixed(nn.Module):
     """`(B, H, W, C)` to `(B, H', W', C')`."""
     outputs = [self._branch(image, train, name) for name in self.branches]
     if any(len(step) == 3 for steps in self.branches.values() for step in steps):
-      outputs.append(convolution.max_pool(image, 3, strides=2, padding=self.padding))
+      outputs.append(pooling.max_pool(image, 3, strides=2, padding=self.padding))
     return jnp.concatenate(outputs, -1)
 
   def _branch(self, x, train, branch):
     if branch == "branch_pool":
       count = self.count_padding
-      x = convolution.avg_pool(x, 3, strides=1, padding="SAME", count_padding=count)
+      x = pooling.avg_pool(x, 3, strides=1, padding="SAME", count_padding=count)
     names = unit_names({branch: self.branches[branch]})
     for step in self.branches[branch]:
       sides = step if isinstance(step[0], tuple) else (step,)

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxadv import canonical
 from jaxadv.models import convolution
 
 __all__ = [
@@ -279,7 +280,7 @@ class Upsample(nn.Module):
     """`(B, ..., C)` to `(B, 2 * ..., features)`."""
     rank = image.ndim - 2
     dense = nn.Dense(2**rank * self.features, use_bias=False, dtype=self.dtype)
-    grown = convolution.depth_to_space(dense(image), (2,) * rank)
+    grown = canonical.depth_to_space(dense(image), (2,) * rank)
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     return grown + bias.astype(grown.dtype).reshape((1,) * (rank + 1) + (-1,))
 

@@ -9,7 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxadv.models import convolution, layers, preprocessing
+from jaxadv import pooling
+from jaxadv.models import layers, preprocessing
 
 __all__ = ["ResNet", "resnet18", "resnet50"]
 
@@ -80,7 +81,7 @@ class ResNet(nn.Module):
       layers.scaled(64, self.width), 7, style, strides=2, padding=3, name="stem"
     )
     x = features["stem"] = stem(x, train)
-    x = convolution.max_pool(x, 3, strides=2, padding=[(1, 1)] * 2)
+    x = pooling.max_pool(x, 3, strides=2, padding=[(1, 1)] * 2)
     for stage, count in enumerate(self.blocks, 1):
       channels = layers.scaled(64 * 2 ** (stage - 1), self.width)
       for k in range(1, count + 1):

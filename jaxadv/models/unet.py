@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxadv.models import convolution, layers
+from jaxadv import pooling
+from jaxadv.models import layers
 
 __all__ = ["UNet", "asma_unet"]
 
@@ -74,7 +75,7 @@ class UNet(nn.Module):
     x = image
     for level in range(self.depth):
       x = features[f"enc{level + 1}"] = self._block(level, f"enc{level + 1}")(x, train)
-      x = convolution.max_pool(x)
+      x = pooling.max_pool(x)
     x = features["bottleneck"] = self._block(self.depth, "bottleneck")(x, train)
     for step, level in enumerate(reversed(range(self.depth)), 1):
       x = layers.Upsample(self.width << level, self.dtype, name=f"up{step}")(x)

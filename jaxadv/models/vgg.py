@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxadv.models import convolution, layers, preprocessing
+from jaxadv import pooling
+from jaxadv.models import layers, preprocessing
 
 __all__ = ["VGG", "HeadName", "stages", "vgg16", "vgg19"]
 
@@ -125,7 +126,7 @@ def stages(
       n, name = layers.scaled(channels, width), f"stage{stage}_conv{k}"
       x = layers.ConvNorm(n, 3, style, name=name)(x, train)
     features[f"stage{stage}"] = x
-    x = convolution.max_pool(x)
+    x = pooling.max_pool(x)
     pools.append(x)
   return features, pools
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv.models import patches
+from jaxadv import patches
 
 __all__ = [
   "Shapes",

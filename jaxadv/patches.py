@@ -1,12 +1,13 @@
 """What convolutions, pools and their gradients share: taps of a window, axis labels."""
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["columns", "layout"]
+__all__ = ["Pads", "columns", "layout", "pads"]
 
 Pads = tuple[tuple[int, int], ...]
 
@@ -17,6 +18,7 @@ def columns(
   strides: tuple[int, ...],
   pads: Pads,
   *,
+  dilation: tuple[int, ...] | None = None,
   fill: float = 0.0,
 ) -> list[jax.Array]:
   """What each tap of the window sees, taps in row-major order.
@@ -26,7 +28,8 @@ def columns(
     window: side of the window per spatial axis; likewise the next two.
     strides: step between windows.
     pads: pixels added before and after.
-    fill: their value.
+    dilation: step between the taps of a window, 1 by default.
+    fill: value of the added pixels.
 
   Returns:
     One `(B, ..., C)` per tap, with one pixel per window.
@@ -38,10 +41,13 @@ def columns(
   """
   edges = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
   padded = lax.pad(image, jnp.asarray(fill, image.dtype), edges)
-  sides = list(zip(padded.shape[1:-1], window, strides, strict=True))
+  apart = dilation or (1,) * len(window)
+  starts = [range(0, k * d, d) for k, d in zip(window, apart, strict=True)]
+  sides = zip(padded.shape[1:-1], starts, strict=True)
+  room = [n - first[-1] for n, first in sides]
   seen = []
-  for start in itertools.product(*map(range, window)):
-    ends = [first + n - k + 1 for first, (n, k, _) in zip(start, sides, strict=True)]
+  for start in itertools.product(*starts):
+    ends = [first + n for first, n in zip(start, room, strict=True)]
     seen.append(padded[(slice(None), *map(slice, start, ends, strides))])
   return seen
 
@@ -57,3 +63,26 @@ def layout(ndim: int) -> lax.ConvDimensionNumbers:
   images = (0, ndim - 1, *space)
   kernel = (ndim - 1, ndim - 2, *range(ndim - 2))
   return lax.ConvDimensionNumbers(images, kernel, images)
+
+
+def pads(
+  sides: Sequence[int],
+  window: Sequence[int],
+  strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+) -> Pads:
+  """Pixels before and after, per spatial axis.
+
+  Args:
+    sides: of the image.
+    window: sides of the window.
+    strides: steps between windows.
+    padding: `"SAME"`, `"VALID"`, or what it returns.
+
+  Example:
+    >>> pads((8,), (3,), (2,), "SAME")
+    ((0, 1),)
+  """
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(sides, window, strides, padding)
+  return tuple((int(low), int(high)) for low, high in padding)

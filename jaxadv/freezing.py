@@ -1,0 +1,190 @@
+"""`freeze`: any JAX model whose parameters are constants, fast inside compiled loops.
+
+A model is traced once, and its program rewritten in three passes:
+
+- what does not depend on the image is computed now, outside of any loop;
+- convolutions take over what scales or shifts their channels (`folding`);
+- what `frozen_rules` knows is replaced by what runs faster. All else stays as it was.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import lax
+
+from jaxadv import folding, frozen_rules
+from jaxadv.folding import Step, Unknown
+
+__all__ = ["freeze"]
+
+Predict = Callable[[Any], Any]
+_SMALL = 1 << 10  # values: what is no larger may grow when it is computed now
+
+
+def freeze(predict: Predict, x: Any) -> Predict:
+  """The same model with an input gradient that is fast inside loops, on CPU.
+
+  Value and input gradient are those of `predict` up to rounding. Parameters are
+  constants: no gradient reaches them. Convolutions run in the form that XLA is fast
+  at, strided and transposed ones phase by phase, kernels are laid out once, pools do
+  without `select_and_scatter`, and norms in evaluation mode go into the convolution
+  before them. On other backends `predict` comes back as it is: nothing was measured
+  to be faster there. Models of `jaxadv.models` are fast without it.
+
+  Args:
+    predict: images to any tree of arrays, with its parameters bound, in evaluation
+      mode; Flax, NNX, Equinox, Keras on JAX or plain JAX.
+    x: images of the shape that will be attacked, or their `ShapeDtypeStruct`. For
+      images of another shape the program is rewritten when they come.
+
+  Returns:
+    A function of images, for reverse mode: `jax.jvp` is refused by JAX.
+
+  Raises:
+    Exception: what `predict` raises for such images.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax.numpy as jnp
+    >>> model, x = nn.Conv(2, (3, 3)), jnp.ones((1, 4, 4, 1))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> predict = lambda x: model.apply(variables, x)
+    >>> frozen = freeze(predict, x)
+    >>> bool(jnp.allclose(frozen(x), predict(x)))
+    True
+  """
+  if jax.default_backend() != "cpu":
+    return predict
+
+  def program(like):
+    closed, out = jax.make_jaxpr(predict, return_shape=True)(like)
+    run, tree = _program(closed, [Unknown(like)]), jax.tree.structure(out)
+    return lambda image: jax.tree.unflatten(tree, run(image))
+
+  shape, dtype = x.shape, x.dtype
+  usual = program(jax.ShapeDtypeStruct(shape, dtype))
+
+  def frozen(image):
+    if (image.shape, image.dtype) == (shape, dtype):
+      return usual(image)
+    return program(jax.ShapeDtypeStruct(image.shape, image.dtype))(image)
+
+  return frozen
+
+
+def _program(closed, arguments):
+  """A function of the unknown arguments of a jaxpr, to the list of its outputs."""
+  steps: list[Step] = []
+  outputs = _flatten(closed, arguments, steps)
+  calls = [(_rewritten(step), step) for step in folding.fold(steps, outputs)]
+  given = [value for value in arguments if isinstance(value, Unknown)]
+
+  def run(*values):
+    env = dict(zip(given, values, strict=True))
+    read = lambda value: env[value] if isinstance(value, Unknown) else value
+    for call, step in calls:
+      found = call(*map(read, step.inputs))
+      env.update(zip(step.outputs, found, strict=True))
+    return list(map(read, outputs))
+
+  return run
+
+
+def _flatten(closed, arguments, steps):
+  """Appends the steps of a jaxpr, calls inlined, and returns its outputs."""
+  jaxpr = closed.jaxpr
+  env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+  env |= dict(zip(jaxpr.invars, arguments, strict=True))
+  read = lambda atom: atom.val if isinstance(atom, jex.Literal) else env[atom]
+  for eqn in jaxpr.eqns:
+    name, inputs = eqn.primitive.name, list(map(read, eqn.invars))
+    if name in _INLINED:
+      found = _flatten(eqn.params[_INLINED[name]], inputs, steps)
+    elif _is_known(eqn, inputs):
+      found = _bound(jaxpr, eqn)(*inputs)
+    else:
+      found = [Unknown(var.aval) for var in eqn.outvars]
+      steps.append(Step(name, eqn.params, inputs, found, _bound(jaxpr, eqn)))
+    env.update(zip(eqn.outvars, found, strict=True))
+  return list(map(read, jaxpr.outvars))
+
+
+_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
+
+
+def _is_known(eqn, inputs):
+  """Whether to compute it now: no image in it, no larger than what it is made of."""
+  if eqn.effects or any(isinstance(value, Unknown) for value in inputs):
+    return False
+  size = sum(var.aval.size for var in eqn.outvars)
+  return size <= max(_SMALL, *map(jnp.size, inputs), 0)
+
+
+def _bound(jaxpr, eqn):
+  """An equation as a function of its inputs, literals among them, to a list."""
+  places = {v: k for k, v in enumerate(eqn.invars) if isinstance(v, jex.Var)}
+  given = {"constvars": [], "invars": list(places), "outvars": eqn.outvars}
+  alone = jaxpr.replace(**given, eqns=[eqn], effects=eqn.effects)
+  call = jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))
+  return lambda *inputs: call(*(inputs[place] for place in places.values()))
+
+
+def _rewritten(step):
+  """The call of a step, by the rule for its primitive where that has one."""
+  rule = _RULES.get(step.name)
+  return (rule and rule(step)) or step.call
+
+
+def _inner(jaxpr, inputs):
+  """The program of a jaxpr inside a step, as a function of all of its inputs."""
+  run = _program(jaxpr, inputs)
+  unknown = [isinstance(value, Unknown) for value in inputs]
+  return lambda *values: run(*itertools.compress(values, unknown))
+
+
+def _checkpoint(step):
+  params = step.params
+  run = _inner(jex.ClosedJaxpr(params["jaxpr"], ()), step.inputs)
+  kept = {name: params[name] for name in ("policy", "prevent_cse")}
+  return jax.checkpoint(run, **kept)
+
+
+def _cond(step):
+  branches = [_inner(branch, step.inputs[1:]) for branch in step.params["branches"]]
+  return lambda index, *values: lax.switch(index, branches, *values)
+
+
+def _scan(step):
+  """What a pass starts from and goes through is unknown inside, whatever it is here."""
+  params = step.params
+  first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+  inside = [Unknown(aval) for aval in params["jaxpr"].in_avals[first:]]
+  body = _inner(params["jaxpr"], [*step.inputs[:first], *inside])
+  how = {name: params[name] for name in ("length", "reverse", "unroll")}
+
+  def call(*inputs):
+    def one(carry, x):
+      found = body(*inputs[:first], *carry, *x)
+      return found[: last - first], found[last - first :]
+
+    start = [  # a number has to have its type at once
+      value if isinstance(value, jax.Array) else jnp.asarray(value, inner.aval.dtype)
+      for value, inner in zip(inputs[first:last], inside, strict=False)
+    ]
+    carry, stacked = lax.scan(one, start, list(inputs[last:]), **how)
+    return [*carry, *stacked]
+
+  return call
+
+
+_RULES = {
+  "checkpoint": _checkpoint,
+  "cond": _cond,
+  "remat2": _checkpoint,
+  "scan": _scan,
+  **frozen_rules.RULES,
+}

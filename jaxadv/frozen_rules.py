@@ -1,0 +1,161 @@
+"""What `freeze` puts in the place of primitives: a table, and a rule for each entry.
+
+A rule gets a step, and returns a function of the step's inputs to the list of its
+outputs, or `None` where it has nothing better than the primitive.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadv import canonical, pooling
+from jaxadv.folding import Step, Unknown
+
+__all__ = ["RULES", "Rule"]
+
+Rule = Callable[[Step], Callable[..., list[Any]] | None]
+_TAPS = 64  # windows with more are left to XLA: each tap is an operation of its own
+
+
+def convolution(step):
+  """A convolution, or a transposed one, whose transpose is an ordinary convolution."""
+  params, (_, kernel) = step.params, step.inputs
+  numbers, spread = params["dimension_numbers"], max(params["lhs_dilation"]) > 1
+  dtype, size = step.outputs[0].aval.dtype, step.outputs[0].aval.size
+  if (
+    not size
+    or isinstance(kernel, Unknown)
+    or not 3 <= kernel.ndim <= 5
+    or params["batch_group_count"] > 1
+    or (spread and max(params["window_strides"]) > 1)
+    or {jnp.result_type(kernel), step.unknown[0].aval.dtype} != {dtype}
+  ):
+    return None
+  out, own, given = numbers.rhs_spec[0], numbers.rhs_spec[1], numbers.rhs_spec[2:]
+  kernel = jnp.transpose(kernel, (*given, own, out))
+  how, weights = (_transposed if spread else _plain)(step, kernel)
+  before = _last(numbers.lhs_spec)
+  after = tuple(sorted(range(kernel.ndim), key=_last(numbers.out_spec).__getitem__))
+
+  def call(image, _):
+    found = _linear(jnp.transpose(image, before), weights, how)
+    return [jnp.transpose(found, after)]
+
+  return call
+
+
+class _How(NamedTuple):
+  """What is static about a convolution: its sides, and whether it is the transpose."""
+
+  spec: canonical.Spec
+  sides: tuple[int, ...]
+  transposed: bool
+
+
+def _plain(step, kernel):
+  params = step.params
+  spec = canonical.Spec(
+    params["window_strides"],
+    params["padding"],
+    params["rhs_dilation"],
+    params["feature_group_count"],
+    params["precision"],
+  )
+  shape, numbers = step.inputs[0].aval.shape, params["dimension_numbers"]
+  sides = tuple(shape[axis] for axis in numbers.lhs_spec[2:])
+  return _How(spec, sides, False), (kernel, _layouts(kernel, spec))
+
+
+def _transposed(step, kernel):
+  """The convolution that it is the transpose of: kernel flipped, padding mirrored."""
+  params, numbers = step.params, step.params["dimension_numbers"]
+  dilation, groups = params["rhs_dilation"], params["feature_group_count"]
+  sides = tuple(step.outputs[0].aval.shape[axis] for axis in numbers.out_spec[2:])
+  window = kernel.shape[:-2]
+  reach = [(n - 1) * d for n, d in zip(window, dilation, strict=True)]
+  pads = tuple(
+    (far - low, far - high)
+    for far, (low, high) in zip(reach, params["padding"], strict=True)
+  )
+  spec = canonical.Spec(
+    params["lhs_dilation"], pads, dilation, groups, params["precision"]
+  )
+  turned = canonical.turned(kernel, groups)
+  return _How(spec, sides, True), (turned, _layouts(turned, spec))
+
+
+_layouts = jax.jit(canonical.layouts, static_argnums=1)
+
+
+def _last(numbers):
+  """The axes of a convolution's array, channels last."""
+  return (numbers[0], *numbers[2:], numbers[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(image, weights, how):
+  kernel, kernels = weights
+  if how.transposed:
+    return canonical.transpose(image, kernels, how.spec, how.sides)
+  return canonical.apply(image, kernel, how.spec)
+
+
+def _linear_forward(image, weights, how):
+  return _linear(image, weights, how), weights
+
+
+def _linear_backward(how, weights, cotangent):
+  back = how._replace(transposed=not how.transposed)
+  return _linear(cotangent, weights, back), None
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def max_pool(step):
+  """Windows over any axes, without `select_and_scatter`."""
+  return _windows(step, pooling.max_windows)
+
+
+def sum_pool(step):
+  """A sum of shifted images; of whole axes, a plain sum."""
+  params, sides = step.params, step.inputs[0].aval.shape
+  window = params["window_dimensions"]
+  axes = tuple(axis for axis, n in enumerate(window) if n > 1)
+  covered = all(window[axis] == sides[axis] for axis in axes)
+  skips = any(
+    s > 1 for n, s in zip(window, params["window_strides"], strict=True) if n == 1
+  )
+  if axes and covered and not skips and not np.any(params["padding"]):
+    return lambda image: [image.sum(axes, keepdims=True)]
+  return _windows(step, pooling.sum_windows)
+
+
+def _windows(step, pool):
+  """`pool` over the axes between the first and the last; these are added if needed."""
+  params, sides = step.params, step.params["window_dimensions"]
+  dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
+  if dilated or not 1 < math.prod(sides) <= _TAPS:
+    return None
+  axes = list(zip(sides, params["window_strides"], params["padding"], strict=True))
+  idle = (1, 1, (0, 0))
+  new = tuple(end for end in (0, -1) if axes[end] != idle)
+  inner = axes[0 not in new : len(axes) - (-1 not in new)]
+
+  def call(image):
+    wide = jnp.expand_dims(image, new)
+    return [jnp.squeeze(pool(wide, *zip(*inner, strict=True)), new)]
+
+  return call
+
+
+RULES: Mapping[str, Rule] = {
+  "conv_general_dilated": convolution,
+  "reduce_window_max": max_pool,
+  "reduce_window_sum": sum_pool,
+}

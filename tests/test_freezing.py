@@ -1,0 +1,404 @@
+"""`freeze`: the same value and input gradient, by other operations."""
+
+import functools
+import re
+
+import flax.linen as nn
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import jaxadv
+from jaxadv import canonical, frozen_rules, models
+
+# Random networks: a layer is `(rng, image) -> image`, channels last. What it draws are
+# constants, as the parameters of a trained model are.
+
+
+def _weights(rng, *shape):
+  return jnp.asarray(rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1])))
+
+
+def _pick(rng, *values):
+  return values[rng.integers(len(values))]
+
+
+def _convolution(rng, x, *, spread=False):
+  rank, channels = x.ndim - 2, x.shape[-1]
+  groups = _pick(rng, 1, 1, 2, channels)
+  window = [_pick(rng, 1, 2, 3, 4) for _ in range(rank)]
+  dilation = [_pick(rng, 1, 1, 2, 3) for _ in range(rank)]
+  reach = [(n - 1) * d + 1 for n, d in zip(window, dilation, strict=True)]
+  # a window that is larger than a side needs room
+  pads = [(_pick(rng, n // 2, n), n) for n in reach]
+  steps = [_pick(rng, 1, 2, 3) for _ in range(rank)]
+  kernel = _weights(rng, *window, channels // groups, channels)
+  # any order of the axes: batch, channels and space, of images and of kernels
+  orders = [rng.permutation(rank + 2) for _ in range(3)]
+  letters = ("N" + "DHW"[3 - rank :] + "C", "DHW"[3 - rank :] + "IO")
+  names = ["".join(letters[n == 1][k] for k in order) for n, order in enumerate(orders)]
+  found = lax.conv_general_dilated(
+    x.transpose(orders[0]),
+    kernel.transpose(orders[1]),
+    (1,) * rank if spread else steps,
+    pads,
+    lhs_dilation=steps if spread else None,
+    rhs_dilation=dilation,
+    dimension_numbers=tuple(names),
+    feature_group_count=groups,
+  )
+  return found.transpose(np.argsort(orders[2])) if found.size else x
+
+
+def _norm(rng, x):
+  mean, scale, shift = _vectors(rng, x, 3)
+  return (x - mean) / 1.5 * scale + shift
+
+
+def _turned(rng, x):
+  """A vector on the left, and one value for all channels."""
+  return 0.5 - (_vectors(rng, x, 1)[0] - x)
+
+
+def _vectors(rng, x, n):
+  return jnp.asarray(rng.normal(size=(n, *(1,) * (x.ndim - 1), x.shape[-1])))
+
+
+def _product(rng, x):
+  return x @ _weights(rng, x.shape[-1], x.shape[-1])
+
+
+def _pool(rng, x, pool):
+  rank = x.ndim - 2
+  window = tuple(_pick(rng, 1, 2, 3) for _ in range(rank))
+  steps = tuple(_pick(rng, 1, 2) for _ in range(rank))
+  return pool(x, window, steps, _pick(rng, "SAME", "VALID"))
+
+
+LAYERS = {
+  "convolution": _convolution,
+  "transposed": functools.partial(_convolution, spread=True),
+  "norm": _norm,
+  "turned": _turned,
+  "product": _product,
+  "max pool": functools.partial(_pool, pool=nn.max_pool),
+  "mean pool": functools.partial(_pool, pool=nn.avg_pool),
+  "relu": lambda rng, x: nn.relu(x),
+  "tanh": lambda rng, x: jnp.tanh(x),
+}
+
+
+def _network(seed):
+  """A random network, and images for it."""
+  rng = np.random.default_rng(seed)
+  rank = 1 + seed % 3
+  names = [
+    _pick(rng, "convolution", "convolution", "transposed", *LAYERS) for _ in range(7)
+  ]
+
+  def predict(x):
+    draws = np.random.default_rng(seed)
+    features = {}
+    for n, name in enumerate(names):
+      if min(x.shape[1:-1]) >= 3 or name not in ("max pool", "mean pool"):
+        x = LAYERS[name](draws, x[tuple(slice(0, 12) for _ in range(x.ndim - 1))])
+      features[f"{n} {name}"] = x
+    return x.mean(range(1, x.ndim - 1)), features
+
+  sides = rng.integers(4, 8, rank)
+  return predict, jnp.asarray(rng.normal(size=(2, *sides, 4)))
+
+
+def _value_and_gradient(predict, x):
+  """All outputs, and the gradient of a random cotangent."""
+
+  @jax.jit
+  def both(x):
+    out, pull = jax.vjp(predict, x)
+    rng = np.random.default_rng(0)
+    return out, pull(jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), out))
+
+  return jax.tree.leaves(both(x))
+
+
+def _check(predict, x, tolerance=1e-11):
+  got = _value_and_gradient(jaxadv.freeze(predict, x), x)
+  for a, b in zip(got, _value_and_gradient(predict, x), strict=True):
+    largest = np.abs(b).max(initial=1)
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_networks_keep_value_and_gradient(seed):
+  with helpers.x64():
+    _check(*_network(seed))
+
+
+def test_a_wrong_rule_is_noticed(monkeypatch):
+  """The test above can fail: without the flip of the kernels it does."""
+  turned = canonical.turned
+  flipped = lambda kernel: jnp.flip(kernel, range(kernel.ndim - 2))
+  monkeypatch.setattr(canonical, "turned", lambda k, groups: turned(flipped(k), groups))
+  monkeypatch.setattr(frozen_rules, "_layouts", canonical.layouts)  # compiled before
+  with helpers.x64(), pytest.raises(AssertionError, match="Not equal"):
+    _check(*_network(0))
+
+
+class Net(nn.Module):
+  """What Flax's own layers make of a small network."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(8, (3, 3), strides=2)(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+    x = nn.max_pool(x, (2, 2), (2, 2))
+    x = nn.ConvTranspose(8, (2, 2), (2, 2))(x)
+    x = nn.relu(nn.GroupNorm(2)(x))
+    x = nn.Dense(8, use_bias=False)(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+    return nn.Dense(3)(nn.avg_pool(x, (3, 3), (1, 1), "SAME").mean((1, 2)))
+
+
+def _bound(model, x):
+  """The model with random variables, running statistics included."""
+  variables = jax.jit(model.init)(jax.random.key(0), x)
+  leaves, tree = jax.tree.flatten(variables)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  moved = [
+    a + 0.3 * jax.random.uniform(k, a.shape) for a, k in zip(leaves, keys, strict=True)
+  ]
+  variables = jax.tree.unflatten(tree, moved)
+  return lambda x: model.apply(variables, x)
+
+
+@pytest.fixture(scope="module")
+def flax():
+  x = jax.random.uniform(jax.random.key(2), (2, 16, 16, 3))
+  return _bound(Net(), x), x
+
+
+def _primitives(function, *arguments):
+  """Names of the primitives, those inside others included."""
+  return re.findall(r"\b([a-z_]+\d*)\[", str(jax.make_jaxpr(function)(*arguments)))
+
+
+def test_norms_go_into_the_layer_before_them(flax):
+  predict, x = flax
+  _check(predict, x, 1e-5)
+  plain, frozen = (
+    str(jax.make_jaxpr(f)(x)) for f in (predict, jaxadv.freeze(predict, x))
+  )
+  # of the group norm's, one subtraction stays for the mean and one for the variance
+  assert (plain.count(" sub "), frozen.count(" sub ")) == (4, 2)
+  assert frozen.count(" rsqrt ") == plain.count(" rsqrt ") - 2
+
+
+def test_a_value_that_is_used_twice_is_not_folded_away():
+  kernel = jax.random.normal(jax.random.key(0), (4, 4))
+
+  def predict(x):
+    y = x @ kernel
+    return y * 2, y, y + 1
+
+  _check(predict, jnp.ones((2, 4)), 1e-6)
+
+
+def test_no_gradient_scatters_or_reverses_inside_a_loop(flax):
+  predict, x = flax
+
+  def text(predict):
+    def step(x, _):
+      return x + jax.grad(lambda x: predict(x).sum())(x), None
+
+    return (
+      jax.jit(lambda x: lax.scan(step, x, length=3)[0]).lower(x).compile().as_text()
+    )
+
+  plain, frozen = text(predict), text(jaxadv.freeze(predict, x))
+  slow = r"select-and-scatter\(|dim_labels=\S*_01oi->|lhs_dilate"
+  assert len(re.findall(slow, plain)) >= 3
+  assert not re.findall(slow, frozen)
+
+
+def test_an_attack_finds_what_it_finds_on_the_plain_model(flax):
+  predict, x = flax
+  attack = jaxadv.attacks.pgd(8 / 255, num_steps=5)
+  y = predict(x).argmax(-1)
+  run = lambda predict: attack(jax.random.key(0), predict, x, y)
+  plain, frozen = run(predict), run(jaxadv.freeze(predict, x))
+  np.testing.assert_allclose(frozen.losses, plain.losses, rtol=1e-4)
+  assert (jnp.abs(frozen.image - plain.image) < 1e-6).mean() > 0.99
+
+
+def test_variables_may_be_traced_and_nothing_leaks(flax):
+  _, x = flax
+  model = Net()
+  variables = model.init(jax.random.key(0), x)
+
+  @jax.jit
+  def gradient(variables, x):
+    predict = jaxadv.freeze(functools.partial(model.apply, variables), x)
+    return jax.grad(lambda x: predict(x).sum())(x), predict(x[:1])
+
+  with jax.checking_leaks():
+    found, one = gradient(variables, x)
+  plain = functools.partial(model.apply, variables)
+  want = jax.grad(lambda x: plain(x).sum())(x)
+  np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
+  np.testing.assert_allclose(one, plain(x[:1]), atol=1e-5)
+
+
+def test_images_of_another_shape_inside_and_outside_of_jit(flax):
+  predict, x = flax
+  frozen = jaxadv.freeze(predict, jax.ShapeDtypeStruct(x.shape, x.dtype))
+  for images in (x[:1], x[:, :8], jnp.concatenate([x, x])):
+    for run in (jax.jit(frozen), frozen, jax.jit(frozen)):
+      np.testing.assert_allclose(run(images), predict(images), atol=1e-5)
+
+
+def test_a_model_is_traced_once_for_a_shape(flax):
+  predict, x = flax
+  seen = []
+
+  def counted(x):
+    seen.append(x.shape)
+    return predict(x)
+
+  frozen = jaxadv.freeze(counted, x)
+  for radius in (1 / 255, 2 / 255, 4 / 255):
+    attack = jaxadv.attacks.pgd(radius, num_steps=2)
+    jax.jit(functools.partial(attack, jax.random.key(0), frozen))(x, jnp.zeros(2, int))
+  assert seen == [x.shape]
+
+
+def test_blocks_in_a_scan_a_branch_or_a_checkpoint_are_rewritten_too():
+  kernels = jax.random.normal(jax.random.key(0), (3, 3, 3, 4, 4)) / 6
+  layout = ("NHWC", "HWIO", "NHWC")
+
+  def block(x, kernel):
+    x = lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=layout)
+    x = nn.max_pool(jnp.tanh(x), (2, 2), (1, 1), "SAME")
+    return x.repeat(2, 1).repeat(2, 2)
+
+  def predict(x):
+    wide = lambda x: jax.checkpoint(block)(x, kernels[0])
+    x = lax.cond(x.sum() > 0, wide, lambda x: x * 2, x)
+    x, seen = lax.scan(lambda x, k: (block(x, k), x.mean()), x, kernels)
+    shared = lambda x, _: (block(x, kernels[1]), None)
+    return lax.scan(shared, x, length=2)[0], seen
+
+  for sign in (1, -1):
+    x = sign * jax.random.uniform(jax.random.key(1), (2, 8, 8, 4))
+    _check(predict, x, 1e-5)
+  frozen = jaxadv.freeze(predict, x)
+  gradient = jax.grad(lambda x: frozen(x)[0].sum())
+  assert "select_and_scatter" not in str(jax.make_jaxpr(gradient)(x))
+  assert {"scan", "cond", "remat2"} <= set(_primitives(frozen, x))
+
+
+def test_what_has_a_gradient_of_its_own_keeps_it():
+  """Relu has none at 0, where the maximum that it is made of has a half."""
+  frozen = jaxadv.freeze(lambda x: nn.relu(x @ jnp.eye(3)), jnp.zeros((1, 3)))
+  assert not jax.grad(lambda x: frozen(x).sum())(jnp.zeros((1, 3))).any()
+
+
+@pytest.mark.parametrize("name", ["unet", "resnet", "vgg"])
+def test_our_own_models(name):
+  x = jax.random.uniform(jax.random.key(0), (1, 32, 32, 3))
+  model = {
+    "unet": models.UNet(num_classes=2, width=4, depth=2, norm="batch"),
+    "resnet": models.ResNet(num_classes=3, width=0.125),
+    "vgg": models.VGG(num_classes=3, convolutions=(1,) * 5, width=0.125),
+  }[name]
+  predict = _bound(model, x)
+  got, want = jax.jit(jaxadv.freeze(predict, x))(x), jax.jit(predict)(x)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
+def test_nnx_and_channels_first():
+  rngs = nnx.Rngs(0)
+  conv, norm = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+  norm.eval()
+  kernel = jax.random.normal(jax.random.key(0), (5, 4, 3, 3))
+  scale = jax.random.uniform(jax.random.key(1), (1, 5, 1, 1))
+
+  def predict(x):
+    x = nnx.softplus(norm(conv(x))).transpose(0, 3, 1, 2)
+    return lax.conv(x, kernel, (2, 2), "SAME") * scale - 1
+
+  x = jax.random.uniform(jax.random.key(2), (2, 16, 16, 3))
+  _check(predict, x, 1e-5)
+  after = str(jax.make_jaxpr(jaxadv.freeze(predict, x))(x)).split("custom_vjp_call")[-1]
+  assert " mul " not in after
+
+
+def test_ensembles_map_over_a_frozen_model(flax):
+  predict, x = flax
+  frozen = jaxadv.freeze(predict, x)
+  many = jnp.stack([x, x[::-1]])
+  gradient = lambda predict: jax.vmap(jax.grad(lambda x: predict(x).sum()))(many)
+  np.testing.assert_allclose(gradient(frozen), gradient(predict), atol=1e-6)
+
+
+def test_other_primitives_pass_untouched():
+  """Sorting, indexing, randomness, a callback, and a kernel made of the image."""
+  seen = []
+
+  def predict(x):
+    jax.debug.callback(lambda v: seen.append(float(v)), x.sum())
+    noise = jax.random.normal(jax.random.key(0), x.shape)
+    own = lax.conv_general_dilated(
+      x,
+      x[0, :3, :3, :, None] + noise[0, :3, :3, :, None],
+      (1, 1),
+      "VALID",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return (
+      jnp.sort(own, 1)[:, ::2],
+      lax.top_k(x[..., 0], 2),
+      lax.reduce_window(x, 1.0, lax.mul, (1, 2, 2, 1), (1, 1, 1, 1), "VALID"),
+    )
+
+  x = jax.random.uniform(jax.random.key(2), (2, 6, 6, 2))
+  frozen = jaxadv.freeze(predict, x)
+  assert not seen
+  for a, b in zip(jax.tree.leaves(frozen(x)), jax.tree.leaves(predict(x)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  jax.effects_barrier()
+  assert len(seen) == 2
+
+
+def test_an_empty_map_stays_empty():
+  kernel = jnp.ones((3, 3, 2, 2))
+
+  def predict(x):
+    layout = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=layout)
+    return y, x.sum()
+
+  _check(predict, jnp.ones((1, 2, 5, 2)))
+
+
+def test_what_the_model_raises_comes_at_once():
+  with pytest.raises(TypeError, match="dot_general"):
+    jaxadv.freeze(lambda x: x @ jnp.ones((7, 2)), jnp.ones((2, 5)))
+
+
+def test_elsewhere_than_on_cpu_the_model_is_left_alone(flax, monkeypatch):
+  predict, x = flax
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert jaxadv.freeze(predict, x) is predict
+
+
+def test_every_rule_is_met_by_the_random_networks():
+  met = set()
+  for seed in range(24):
+    predict, x = _network(seed)
+    met |= set(_primitives(predict, x)) & set(frozen_rules.RULES)
+  assert met == set(frozen_rules.RULES)
