@@ -160,25 +160,35 @@ def _cond(step):
 
 def _scan(step):
   """What a pass starts from and goes through is unknown inside, whatever it is here."""
-  params = step.params
-  first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-  inside = [Unknown(aval) for aval in params["jaxpr"].in_avals[first:]]
-  body = _inner(params["jaxpr"], [*step.inputs[:first], *inside])
+  params, jaxpr = step.params, step.params["jaxpr"]
+  consts, _, _ = _parts(params, step.inputs)
+  inside = [Unknown(aval) for aval in jaxpr.in_avals[len(consts) :]]
+  body = _inner(jaxpr, [*consts, *inside])
   how = {name: params[name] for name in ("length", "reverse", "unroll")}
 
   def call(*inputs):
+    consts, carry, xs = _parts(params, inputs)
+
     def one(carry, x):
-      found = body(*inputs[:first], *carry, *x)
-      return found[: last - first], found[last - first :]
+      found = body(*consts, *carry, *x)
+      return found[: len(carry)], found[len(carry) :]
 
     start = [  # a number has to have its type at once
       value if isinstance(value, jax.Array) else jnp.asarray(value, inner.aval.dtype)
-      for value, inner in zip(inputs[first:last], inside, strict=False)
+      for value, inner in zip(carry, inside, strict=False)
     ]
-    carry, stacked = lax.scan(one, start, list(inputs[last:]), **how)
+    carry, stacked = lax.scan(one, start, xs, **how)
     return [*carry, *stacked]
 
   return call
+
+
+def _parts(params, inputs):
+  """Constants, carry, and what a scan goes through."""
+  if "ft_in" in params:  # from JAX 0.11.2 on
+    return map(list, params["ft_in"].update(inputs).unpack())
+  first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+  return list(inputs[:first]), list(inputs[first:last]), list(inputs[last:])
 
 
 _RULES = {
