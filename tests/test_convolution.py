@@ -135,10 +135,31 @@ def test_maps_over_images_and_over_kernels():
   helpers.assert_trees_close(ours(images, kernels), want(images, kernels), atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
+def test_dilation_and_groups_have_the_gradients_of_autodiff(groups, strides):
+  with helpers.x64():
+    image = _arrays(2, 9, 3)[0]
+    shape = (3, 2, 3 // groups, 6)
+    kernel = jnp.asarray(np.random.default_rng(1).normal(size=shape))
+    how = {"rhs_dilation": (2, 3), "feature_group_count": groups}
+
+    def results(conv):
+      apply = lambda *pair: conv(
+        *pair, strides, "SAME", dimension_numbers=LAYOUTS[2], **how
+      )
+      out, pull = jax.vjp(apply, image, kernel)
+      return out, *pull(jnp.cos(jnp.arange(out.size).reshape(out.shape)))
+
+    ours = results(convolution.conv_general_dilated)
+    theirs = results(lax.conv_general_dilated)
+    for got, want in zip(ours, theirs, strict=True):
+      np.testing.assert_allclose(got, want, atol=1e-11)
+
+
 @pytest.mark.parametrize(
   "options",
   [
-    {"feature_group_count": 3, "rhs_dilation": (2, 2)},
     {"lhs_dilation": (2, 2), "padding": [(1, 1), (1, 2)]},
     {"preferred_element_type": jnp.float32},
   ],
