@@ -46,6 +46,8 @@ class Attack(NamedTuple):
     num_steps: steps at most.
     can_stop: whether examples stop early, so that the loop may end early.
     follow: `step` that also returns the gradient `(B, ...)` of the objective there.
+    surrogate: `(predict, x) -> predict`, the model whose gradients the steps follow,
+      in place of the attacked one, which keeps the verdict; `None` for that one.
   """
 
   init: Callable[..., tuple[Perturbation, Target]]
@@ -54,6 +56,7 @@ class Attack(NamedTuple):
   num_steps: int
   can_stop: bool = False
   follow: Callable[..., tuple[Perturbation, Array, Any]] | None = None
+  surrogate: Callable[[Predict, Images], Predict] | None = None
 
   def __call__(self, key: Array, predict: Predict, x: Images, y: Any) -> AttackResult:
     """Attacks a batch in one compiled loop.
@@ -72,7 +75,7 @@ class Attack(NamedTuple):
       TypeError, ValueError: for bad input, before the first step.
     """
     state, target = self.init(key, predict, x, y)
-    step = functools.partial(self.step, predict, x, target)
+    step = functools.partial(self.step, self.followed(predict, x), x, target)
     loop = _while_any_runs if self.can_stop else _scan
     state, losses = loop(step, state, self.num_steps)
     return self.finish(predict, x, target, state, losses)
@@ -86,13 +89,17 @@ class Attack(NamedTuple):
     attack at work. Arguments, result and errors are those of a call.
     """
     state, target = self.init(key, predict, x, y)
-    step = jax.jit(functools.partial(self.step, predict))
+    step = jax.jit(functools.partial(self.step, self.followed(predict, x)))
     losses: list[Array] = []
     while len(losses) < self.num_steps and not (self.can_stop and state.done.all()):
       state, loss = step(x, target, state)
       losses.append(loss)
     losses += losses[-1:] * (self.num_steps - len(losses))
     return self.finish(predict, x, target, state, jnp.stack(losses))
+
+  def followed(self, predict: Predict, x: Images) -> Predict:
+    """The model whose gradients the steps follow."""
+    return predict if self.surrogate is None else self.surrogate(predict, x)
 
 
 class Universal(NamedTuple):

@@ -320,6 +320,46 @@ def test_our_own_models(name):
     np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 
 
+def _products(predict, x):
+  """Types of the operands of convolutions and products, gradients among them."""
+  gradient = jax.grad(lambda x: sum(a.sum() for a in jax.tree.leaves(predict(x))))
+  program = jax.jit(gradient).lower(x).as_text()
+  product = r"stablehlo\.(?:convolution|dot_general)\b.*"
+  return set(re.findall(r"x(f32|bf16)>", " ".join(re.findall(product, program))))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_in_bfloat16_every_product_is_and_nothing_else(flax, backend, monkeypatch):
+  predict, x = flax
+  own = _bound(models.UNet(num_classes=2, width=4, depth=2, norm="batch"), x)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  for model in (predict, own):
+    narrow = jaxadv.freeze(model, x, bf16=True)
+    assert (_products(model, x), _products(narrow, x)) == ({"f32"}, {"bf16"})
+    got, want = (jax.tree.leaves(f(x)) for f in (narrow, model))
+    for a, b in zip(got, want, strict=True):
+      assert a.dtype == jnp.float32
+      np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max())
+    assert np.abs(got[0] - want[0]).max() > 1e-4 * np.abs(want[0]).max()
+
+
+def test_bfloat16_reaches_what_was_frozen_before_and_what_is_in_a_scan(flax):
+  predict, x = flax
+  layers = lambda x: lax.scan(lambda x, _: (x + jnp.tanh(x @ kernel), None), x, None, 2)
+  kernel = jax.random.normal(jax.random.key(0), (3, 3))
+  model = lambda x: layers(predict(x))[0]
+  twice = jaxadv.freeze(jaxadv.freeze(model, x), x, bf16=True)
+  assert _products(twice, x) == {"bf16"}
+
+
+def test_bfloat16_leaves_other_types_alone():
+  with helpers.x64():
+    predict, x = _network(0)
+    once, narrow = jaxadv.freeze(predict, x), jaxadv.freeze(predict, x, bf16=True)
+    for a, b in zip(*(jax.tree.leaves(f(x)) for f in (once, narrow)), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
 def test_nnx_and_channels_first():
   rngs = nnx.Rngs(0)
   conv, norm = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)

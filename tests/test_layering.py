@@ -43,8 +43,10 @@ ALLOWED = {
   "pooling": {"patches"},
   "folding": set(),
   "frozen_rules": {"folding", "canonical", "pooling"},
-  "freezing": {"folding", "frozen_rules"},
-  "combine": {"types", "inputs", "stepping"},  # and this no concrete attack
+  "narrowing": {"folding"},
+  "freezing": {"folding", "frozen_rules", "narrowing"},
+  # and this no concrete attack
+  "combine": {"types", "inputs", "stepping", "engine", "freezing"},
   "line_search": {"types", "inputs"},
   "stability": {"types", "engine"},  # it runs any attack of the engine
   "attacks": GROUND | PARTS | {"types", "stepping", "engine", "attacks"},
