@@ -56,6 +56,7 @@ ALLOWED = {
   "loops": {"types", "sharding"},
   "sharding": set(),
   "preemption": set(),
+  "compiling": set(),
   "manifests": {"jaxadv"},
   "distributed": {"sharding"},
   "checkpoints": {"manifests", "distributed", "preemption", "sharding"},
@@ -75,7 +76,7 @@ APPLICATION = {
   "building": LIBRARY | {"progress"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
   | {"distributed", "sharding"}
-  | {"checkpoints", "preemption"}
+  | {"checkpoints", "preemption", "compiling"}
   | {"job", "universal_job", "universal_report", "victim_job"}
   | {"analysis_job", "defence_job", "defence_report", "builders", "building"},
   "analysis_job": LIBRARY
