@@ -7,8 +7,10 @@ XLA reads its flags once per process, so every set has a child of its own. For e
 all children compile `jaxadv.attacks.pgd`, one step inside `lax.scan`, with the weights
 as arguments; then they take turns, pinned to one core, and the CPU clock is read, so
 other work on the machine disturbs all of them alike. Reported are CPU milliseconds per
-step (median and quartiles), the ratio of medians to `none`, CPU seconds to trace and to
-compile, and how far the gradient is from that of `none`, relative to its largest value.
+step (median and quartiles), the ratio of medians to `none`, CPU seconds to trace and
+compile, and how far logits and input gradient are from those of `none`, relative to the
+largest. Where a unit is next to zero a last bit decides whether it is on, so a gradient
+may differ by more than rounding although the logits do not.
 
 A flag that the installed jaxlib does not know ends its child; it is reported as such.
 """
@@ -65,14 +67,14 @@ CASES = {
 
 
 def program(model, side, batch, *, steps, dtype=None):
-  """A compiled PGD and its inputs, CPU seconds to trace and compile, a gradient."""
+  """A compiled PGD, CPU seconds to trace and compile it, logits and a gradient."""
   if dtype:
     model = model.clone(dtype=jnp.dtype(dtype))
   x = jax.random.uniform(jax.random.key(0), (batch, side, side, 3))
   shapes = jax.eval_shape(model.init, jax.random.key(1), x)
   variables = jax.tree.map(_random, shapes)
-  logits = jax.eval_shape(model.apply, variables, x)[0]
-  y = jnp.zeros(logits.shape[:-1], jnp.int32)
+  shape = jax.eval_shape(model.apply, variables, x)[0].shape
+  y = jnp.zeros(shape[:-1], jnp.int32)
   attack = jaxadv.attacks.pgd(8 / 255, num_steps=steps)
 
   def run(variables, x, y, state):
@@ -82,17 +84,23 @@ def program(model, side, batch, *, steps, dtype=None):
 
   def cost(x, variables):
     logits = types.call(functools.partial(model.apply, variables), x)[0]
-    return jax.nn.log_softmax(logits)[..., 0].mean()
+    return jax.nn.log_softmax(logits)[..., 0].mean(), logits
 
-  state, _ = attack.init(jax.random.key(2), lambda x: jnp.zeros(logits.shape), x, y)
+  state, _ = attack.init(jax.random.key(2), lambda x: jnp.zeros(shape), x, y)
   times = [time.process_time()]
   lowered = jax.jit(run).lower(variables, x, y, state)
   times.append(time.process_time())
   compiled = lowered.compile()
   times.append(time.process_time())
   seconds = {"trace_s": times[1] - times[0], "compile_s": times[2] - times[1]}
-  gradient = np.ravel(jax.jit(jax.grad(cost))(x, variables)).astype(float)
-  return functools.partial(compiled, variables, x, y, state), seconds, gradient
+  gradient, logits = jax.jit(jax.grad(cost, has_aux=True))(x, variables)
+  numbers = {"logits": _some(logits), "gradient": _some(gradient)}
+  return functools.partial(compiled, variables, x, y, state), seconds | numbers
+
+
+def _some(array):
+  flat = np.ravel(array).astype(float)
+  return flat[:: max(1, len(flat) // 4096)].tolist()
 
 
 def _random(leaf):
@@ -105,10 +113,9 @@ def _random(leaf):
 
 def child(case, *, steps, dtype):
   """Compiles, tells how long it took, and takes a turn for every line of its input."""
-  call, seconds, gradient = program(*CASES[case], steps=steps, dtype=dtype)
+  call, told = program(*CASES[case], steps=steps, dtype=dtype)
   jax.block_until_ready(call())
-  shown = gradient[:: max(1, len(gradient) // 4096)]
-  print(json.dumps(seconds | {"gradient": shown.tolist()}), flush=True)
+  print(json.dumps(told), flush=True)
   for _ in sys.stdin:
     start = time.process_time()
     jax.block_until_ready(call())
@@ -140,22 +147,26 @@ def measure(case, flags, *, rounds, steps, dtype=None):
 def summary(found):
   """Median, quartiles and ratio to `none` of every set of flags."""
   base, rows = found["none"], {}
-  reference = np.asarray(base["gradient"])
   for name, row in found.items():
     if row is None:
       rows[name] = None
       continue
     low, middle, high = statistics.quantiles(row["ms"], n=4)
-    error = np.abs(np.asarray(row["gradient"]) - reference).max()
     rows[name] = {
       "ms": middle,
       "quartiles_ms": [low, high],
       "over_none": middle / statistics.median(base["ms"]),
       "trace_s": row["trace_s"],
       "compile_s": row["compile_s"],
-      "gradient_error": float(error / np.abs(reference).max()),
+      "logits_error": _error(row["logits"], base["logits"]),
+      "gradient_error": _error(row["gradient"], base["gradient"]),
     }
   return rows
+
+
+def _error(got, want):
+  got, want = np.asarray(got), np.asarray(want)
+  return float(np.abs(got - want).max() / np.abs(want).max())
 
 
 def _arguments():
@@ -179,7 +190,7 @@ def _print(case, rows):
     print(
       f"{case:15} {name:20} {row['ms']:8.1f} ({low:.1f}-{high:.1f})"
       f"  x{row['over_none']:.3f}  compile {row['compile_s']:.1f} s"
-      f"  gradient {row['gradient_error']:.0e}",
+      f"  logits {row['logits_error']:.0e} gradient {row['gradient_error']:.0e}",
       flush=True,
     )
 
