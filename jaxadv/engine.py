@@ -185,7 +185,6 @@ def gradient_attack(
   def finish(predict, x, target, state, losses):
     counted, passed = _counting(predict)
     loss, sample = evaluate(counted, x, target, state, state.delta)
-    forwards, backwards = sum(passed) // x.shape[0], loss.size // x.shape[0]
     state = jax.vmap(remember)(state, stepping.judge(objective, sample, loss))
     delta = state.delta if keep == "last" else state.best_delta
     if keep != "last":
@@ -200,8 +199,8 @@ def gradient_attack(
       success=verdict.success,
       steps=state.step,
       nonfinite=state.nonfinite + stepping.is_nonfinite(loss),
-      forwards=forwards * state.step,
-      backwards=backwards * state.step,
+      forwards=sum(passed) // x.shape[0] * state.step,
+      backwards=loss.size // x.shape[0] * state.step,
     )
     return jax.lax.stop_gradient(result)
 
