@@ -19,12 +19,12 @@ __all__ = ["CacheError", "CpuFlags", "FlagsError", "configure_cpu", "keep_progra
 PathLike = str | os.PathLike[str]
 
 _GIB = 2**30
-# Convolutions by Eigen instead of YNNPACK.
+# Convolutions not by YNNPACK.
 _NO_YNN_CONV = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 # From a jaxlib on, up to another, without it: what is faster there. A version that is
 # in no row has not been measured: an unknown flag would end the process.
 _MEASURED: tuple[tuple[tuple[int, int], tuple[int, int], tuple[str, ...]], ...] = (
-  ((0, 10), (0, 11), ()),
+  ((0, 10), (0, 11), (_NO_YNN_CONV,)),
   ((0, 12), (0, 13), (_NO_YNN_CONV,)),
 )
 
