@@ -17,6 +17,7 @@ from jaxadv import (
   data,
   loops,
   retraining,
+  sharding,
   subjects,
   training,
   victims,
@@ -51,6 +52,17 @@ def test_a_crafting_step_takes_the_state(subject):
   taken = [deleted(state._replace(best_delta=())) for state in states]
   assert [all(flags) for flags in taken] == [True, True, True, False]
   assert not any(deleted((last, subject.variables)))
+
+
+@pytest.mark.parametrize("microbatches", [None, 2])
+def test_it_takes_a_state_on_two_devices_too(microbatches, subject):
+  states, plan = [], PLAN._replace(microbatches=microbatches)
+  alone = crafting.craft(plan, subject, 0.2)
+  with sharding.use(sharding.mesh(jax.devices()[:2])):
+    last = crafting.craft(plan, subject, 0.2, on_step=lambda _, s, m: states.append(s))
+  assert [state.delta.is_deleted() for state in states] == [True, True, True, False]
+  if microbatches:  # else only up to rounding, which may turn a sign
+    helpers.assert_trees_equal(last.delta, alone.delta)
 
 
 def test_views_and_checkpoints_of_a_state_keep_its_values(subject, tmp_path):
