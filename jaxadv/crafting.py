@@ -74,7 +74,8 @@ def craft(
     eps: radius.
     folder: of the checkpoints; `None` for none.
     settings: flat, of JSON values: what the state depends on beside radius and plan.
-    on_step: called as `on_step(n, state, metrics)` after step n, counted from 1.
+    on_step: called as `on_step(n, state, metrics)` after step n, counted from 1; the
+      next step takes the memory of the state, so copy what is to be kept.
 
   Returns:
     The state after the last step.
@@ -195,7 +196,8 @@ def _start(rule, key, image, aim):
   return _build(rule, aim).init(key, image)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# The state's memory is the next one's.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _step(rule, predict, mesh, aim, variables, state, batch):
   like = _seen(batch["image"], dict(rule[-1]).get("microbatches", 1))
 

@@ -190,13 +190,13 @@ def gradient_attack(
     return follow(predict, x, target, state)[:2]
 
   def finish(predict, x, target, state, losses):
-    loss, sample = evaluate(predict, x, target, state, state.delta)
+    counted, passed = _counting(predict)
+    loss, sample = evaluate(counted, x, target, state, state.delta)
     state = jax.vmap(remember)(state, stepping.judge(objective, sample, loss))
     delta = state.delta if keep == "last" else state.best_delta
     if keep != "last":
       loss, sample = evaluate(predict, x, target, state, delta)
     verdict = stepping.judge(objective, sample, loss)
-    forwards, backwards = _passes(evaluate, predict, x, target, state)
     result = AttackResult(
       image=sample.image,
       delta=delta,
@@ -206,8 +206,8 @@ def gradient_attack(
       success=verdict.success,
       steps=state.step,
       nonfinite=state.nonfinite + stepping.is_nonfinite(loss),
-      forwards=forwards * state.step,
-      backwards=backwards * state.step,
+      forwards=sum(passed) // x.shape[0] * state.step,
+      backwards=loss.size // x.shape[0] * state.step,
     )
     return jax.lax.stop_gradient(result)
 
@@ -367,14 +367,16 @@ def _sums(objective, threat, example, predict, state, rows):
   return reduction.weighted(terms, weight)
 
 
-def _passes(evaluate, predict, x, target, state):
-  """Forward and backward passes per example and step, counted from the shapes."""
-  images = 0
+def _counting(predict):
+  """The model, and a list that grows by the images of every call: forward passes.
+
+  The last evaluation is counted, as it is like that of a step: tracing the model for
+  the count alone would take as long as tracing it once more for the program.
+  """
+  passed: list[int] = []
 
   def counted(image):
-    nonlocal images
-    images += image.shape[0]
+    passed.append(image.shape[0])
     return predict(image)
 
-  loss, _ = jax.eval_shape(lambda s: evaluate(counted, x, target, s, s.delta), state)
-  return images // x.shape[0], loss.size // x.shape[0]
+  return counted, passed

@@ -58,6 +58,7 @@ ALLOWED = {
   "loops": {"types", "sharding"},
   "sharding": set(),
   "preemption": set(),
+  "compiling": set(),
   "manifests": {"jaxadv"},
   "distributed": {"sharding"},
   "checkpoints": {"manifests", "distributed", "preemption", "sharding"},
@@ -77,7 +78,7 @@ APPLICATION = {
   "building": LIBRARY | {"progress"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
   | {"distributed", "sharding"}
-  | {"checkpoints", "preemption"}
+  | {"checkpoints", "preemption", "compiling"}
   | {"job", "universal_job", "universal_report", "victim_job"}
   | {"analysis_job", "defence_job", "defence_report", "builders", "building"},
   "analysis_job": LIBRARY
