@@ -191,8 +191,8 @@ def bf16(attack: Attack) -> Attack:
   """
   if not isinstance(attack, Attack):
     raise TypeError(
-      f"got {type(attack).__name__}; write an Attack, such as jaxadv.attacks.pgd(0.01), "
-      "and combine what comes out."
+      f"got {type(attack).__name__}; write an Attack, such as jaxadv.attacks.pgd(0.01); "
+      "combinators come after."
     )
   return attack._replace(surrogate=functools.partial(freeze, bf16=True))
 
