@@ -191,8 +191,8 @@ def bf16(attack: Attack) -> Attack:
   """
   if not isinstance(attack, Attack):
     raise TypeError(
-      f"got {type(attack).__name__}; write an Attack, such as jaxadv.attacks.pgd(0.01); "
-      "combinators come after."
+      f"got {type(attack).__name__}; write an Attack, such as attacks.pgd(0.01), "
+      "before it is combined with others."
     )
   return attack._replace(surrogate=functools.partial(freeze, bf16=True))
 

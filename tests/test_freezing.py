@@ -4,6 +4,7 @@ import functools
 import re
 
 import flax.linen as nn
+import foreign  # noqa: F401  chooses the backend of Keras
 import helpers
 import jax
 import jax.numpy as jnp
@@ -375,6 +376,35 @@ def test_nnx_and_channels_first():
   _check(predict, x, 1e-5)
   after = str(jax.make_jaxpr(jaxadv.freeze(predict, x))(x)).split("custom_vjp_call")[-1]
   assert " mul " not in after
+
+
+@jax.numpy_rank_promotion("allow")
+def test_keras():
+  keras = pytest.importorskip("keras")
+  if keras.backend.backend() != "jax":
+    pytest.skip("Keras runs on another backend; KERAS_BACKEND=jax was not set first")
+  layers = keras.layers
+  model = keras.Sequential(
+    [
+      keras.Input((16, 16, 3)),
+      layers.Conv2D(8, 3, strides=2, padding="same"),
+      layers.BatchNormalization(),
+      layers.ReLU(),
+      layers.DepthwiseConv2D(3),
+      layers.MaxPooling2D(2),
+      layers.Conv2DTranspose(4, 2, strides=2),
+      layers.UpSampling2D(2, interpolation="bilinear"),
+      layers.GlobalAveragePooling2D(),
+      layers.Dense(3),
+    ]
+  )
+  trained = [v.value for v in model.trainable_variables]
+  state = [0.5 + v.value for v in model.non_trainable_variables]
+  predict = lambda x: model.stateless_call(trained, state, x, training=False)[0]
+  x = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3))
+  _check(predict, x, 1e-5)
+  gradient = jax.grad(lambda x: jaxadv.freeze(predict, x)(x).sum())
+  assert "select_and_scatter" not in str(jax.make_jaxpr(gradient)(x))
 
 
 def test_ensembles_map_over_a_frozen_model(flax):
