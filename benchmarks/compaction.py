@@ -2,18 +2,17 @@
 
     python benchmarks/compaction.py [--pack blood_bccd_cells_64] [--eps 0.004 0.01]
 
-Trains a `ConvNet` on the training images of a pack of classes, and attacks the test
-images it is right about with PGD in Linf, the best step kept, in three ways:
+Trains a `ConvNet` on the training images of a pack of classes, and attacks images it is
+right about with PGD in Linf, the best step kept, in three ways:
 
 - `full`: every example takes all steps;
 - `stop`: batch by batch, until the last example of a batch is fooled;
 - `attack_dataset`, for several numbers of steps between two looks.
 
-All of them call the model with as many images (`--bucket`), so the last two have the
-same bits, which is checked. The process is pinned to one core and the three take turns;
-reported are medians of CPU seconds, without compiling, and the images shown to the
-model. `attack_dataset` compiles on each call, so it runs on the images once and on
-twice as many, and the difference counts, as it does for the others.
+All call the model with as many images (`--bucket`); that the last two have the same
+bits is checked. The process is pinned to one core and the three take turns;
+reported are medians and quartiles of CPU seconds without compiling, and the images that
+the model was shown, a forward and a backward pass each but for those at the end.
 """
 
 import argparse
@@ -37,9 +36,9 @@ from jaxadv import attacks, data, loops, models, sources, training, types, victi
 __all__ = ["measure", "trained"]
 
 
-def trained(pack, *, width, steps):
-  """A network, as a function of images, and the test images it is right about."""
-  train, test = (data.load(pack, split=split) for split in ("train", "test"))
+def trained(pack, *, side, width, steps):
+  """A network, as a function of images, and all images that it is right about."""
+  train, every = (data.resize(data.load(pack, split=s), side) for s in ("train", None))
   model = models.ConvNet(num_classes=len(train.class_names), width=width, norm="none")
   stream = data.batches(train, 32, seed=0, balance=True)
   tx = optax.adam(1e-3)
@@ -51,10 +50,10 @@ def trained(pack, *, width, steps):
   state = loops.fit(jax.jit(step), state, stream, num_steps=steps)
   predict = lambda x: model.apply({"params": state.params}, x)[0]
   decide = jax.jit(lambda x: predict(data.as_float(x)).argmax(-1))
-  found = loops.over_batches(decide, test.images, size=32)
-  right = np.flatnonzero(found == test.labels)
-  print(f"right about {len(right)} of {len(test.images)} test images", flush=True)
-  return predict, sources.take(test, right)
+  found = loops.over_batches(decide, every.images, size=32)
+  right = np.flatnonzero(found == every.labels)
+  print(f"right about {len(right)} of {len(every.images)} images", flush=True)
+  return predict, sources.take(every, right)
 
 
 def _shape(dataset):
@@ -123,7 +122,8 @@ def counted(predict, shown):
 def _arguments():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--pack", default="blood_bccd_cells_64")
-  parser.add_argument("--eps", nargs="+", type=float, default=[0.005, 0.02])
+  parser.add_argument("--eps", nargs="+", type=float, default=[0.005, 0.01, 0.02])
+  parser.add_argument("--side", type=int, default=32, help="images are resized")
   parser.add_argument("--width", type=int, default=16)
   parser.add_argument("--training", type=int, default=400, help="steps")
   parser.add_argument("--steps", type=int, default=40)
@@ -138,7 +138,8 @@ def _arguments():
 def main():
   options, shown = _arguments(), []
   print(f"jax {jax.__version__}; CPU seconds (quartiles)")
-  predict, dataset = trained(options.pack, width=options.width, steps=options.training)
+  net = {"side": options.side, "width": options.width, "steps": options.training}
+  predict, dataset = trained(options.pack, **net)
   dataset = sources.take(dataset, np.arange(min(options.images, len(dataset.images))))
   predict = jaxadv.freeze(predict, np.empty((options.bucket, *_shape(dataset)), "f"))
   report = {"jax": jax.__version__, **vars(options), "results": {}}

@@ -1,4 +1,4 @@
-"""Attacks on data sets: fooled examples make room for those that wait.
+"""Attacks on data sets: examples that are done make room for those that wait.
 
 Examples wait on the host. They pass three compiled programs, each of which sees a full
 bucket of them: the start of the attack, some of its steps, again and again, and its
@@ -45,16 +45,19 @@ def attack_dataset(
   stopped, or taken all steps, then make room for the next ones of the stream. With an
   attack that does not stop early nothing is saved.
 
-  An example's key is `fold_in(key, id)`, so its result does not depend on batches or
-  order. On CPU it has the bits of
+  An example's key is `fold_in(key, id)`, and the model always sees `bucket` images. So
+  on CPU no bit of a result depends on batches, order, neighbours or `chunk`, and these
+  are the bits of
 
       keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["id"])
       jax.jit(lambda keys, x, y: attack(keys, predict, x, y))(keys, x, y)
 
-  on batches of `bucket` images. XLA adds up in another order for another batch size, so
-  with a call on more or fewer images it agrees up to rounding only. That is also why
-  the bucket does not shrink by itself: when the stream is at its end, places without an
-  example repeat another one, at most `bucket * num_steps` steps in all.
+  on batches of `bucket` images, where XLA compiles the parts of an attack alike by
+  themselves and as a whole. It does for most; the losses of `mafl_linf` differ in their
+  last bits. For other numbers of images it adds up in another order, and results agree
+  up to rounding and what follows from it. That is why the bucket does not shrink by
+  itself: at the end of the stream, empty places repeat an example, for the steps of one
+  bucket at most.
 
   Args:
     attack: from `jaxadv.attacks` or `gradient_attack`; one with `stop` is worth it.
@@ -66,7 +69,7 @@ def attack_dataset(
       yields them; B may change. `label` may be all the attack takes as `y`, a mapping
       with `"label"`; other entries, such as `mask`, join it. `id (B,)` is the number in
       the stream by default. `weight` is not looked at: images that fill up a batch are
-      attacked like the others. Anything but keys and labels is read once.
+      attacked like the others.
     bucket: images per model call, a power of two.
     smallest: bucket that suffices when the stream is at its end, a power of two: fewer
       places are left empty, and the last bits of the last examples may change. By
@@ -80,9 +83,9 @@ def attack_dataset(
 
   Raises:
     TypeError, ValueError: at once for an attack without steps, a key that is not one
-      typed key, and numbers that do not fit; when its turn comes, for a batch without
-      images or labels, with images or labels of other shapes than the first, and for
-      all that `attack` refuses.
+      typed key, a model that cannot be hashed, and numbers that do not fit; when its
+      turn comes, for a batch without images or labels, or of other shapes than the
+      first, and for all that `attack` refuses.
 
   Example:
     >>> from jaxadv import attacks, types
