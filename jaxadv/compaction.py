@@ -8,7 +8,7 @@ end. After each turn those that are through leave, and others take their places.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -238,7 +238,7 @@ def _in_order(rows):
       turn += 1
 
 
-def _call(program, rows, size):
+def _call(program: Any, rows: Sequence[Row], size: int) -> list[Row]:
   """Rows through a program of `size` rows, filled up with the last one."""
   places, trees = zip(*rows, strict=True)
   filled = trees + trees[-1:] * (size - len(rows))
@@ -246,7 +246,7 @@ def _call(program, rows, size):
   return _rows(places, found)
 
 
-def _rows(places, tree):
+def _rows(places: Iterable[Place], tree: Any) -> list[Row]:
   tree = jax.tree.map(np.asarray, tree)
   # copies, as a view would keep all rows alive
   alone = lambda n: jax.tree.map(lambda leaf: np.array(leaf[n]), tree)
