@@ -1,6 +1,6 @@
 """What an early end of attacks saves: steps of examples, and seconds.
 
-    python benchmarks/compaction.py [--pack blood_bccd_cells_64] [--eps 0.004 0.01]
+    python benchmarks/compaction.py [--pack blood_bccd_cells_64] [--eps 0.01 0.03]
 
 Trains a `ConvNet` on the training images of a pack of classes, and attacks images it is
 right about with PGD in Linf, the best step kept, in three ways:
@@ -122,7 +122,7 @@ def counted(predict, shown):
 def _arguments():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--pack", default="blood_bccd_cells_64")
-  parser.add_argument("--eps", nargs="+", type=float, default=[0.005, 0.01, 0.02])
+  parser.add_argument("--eps", nargs="+", type=float, default=[0.01, 0.03])
   parser.add_argument("--side", type=int, default=32, help="images are resized")
   parser.add_argument("--width", type=int, default=16)
   parser.add_argument("--training", type=int, default=400, help="steps")
