@@ -49,6 +49,7 @@ ALLOWED = {
   "combine": {"types", "inputs", "stepping", "engine", "freezing"},
   "line_search": {"types", "inputs"},
   "stability": {"types", "engine"},  # it runs any attack of the engine
+  "compaction": {"types", "inputs", "stepping", "engine"},  # the same
   "attacks": GROUND | PARTS | {"types", "stepping", "engine", "attacks"},
   "training": {"types", "inputs", "outer_losses", "reduction"},
   "defences": GROUND | PARTS | {"types", "engine", "combine", "attacks", "training"},
