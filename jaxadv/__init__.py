@@ -8,8 +8,8 @@ maps images `(B, ..., C)` in [0, 1] to logits, or to `(logits, features)`.
 """
 
 from jaxadv import attacks, combine, losses, targets, threats, transforms
-from jaxadv.compiling import configure_cpu, keep_programs
 from jaxadv.compaction import attack_dataset
+from jaxadv.compiling import configure_cpu, keep_programs
 from jaxadv.engine import Attack, Universal, gradient_attack, universal_attack
 from jaxadv.freezing import freeze
 from jaxadv.types import AttackResult, Objective, Sample, Threat
