@@ -4,10 +4,12 @@
 
 Per model: CPU seconds of the jitted `value_and_grad` of the input (`bare`), of one sign
 step inside `lax.scan` (`scan`), of one step of `jaxadv.attacks.pgd` inside the compiled
-loop (`pgd`), of the same step called from a host loop (`host`), and of `pgd` over the
-model after `jaxadv.freeze` (`frozen`). The process is pinned to one core and the
-programs take turns, so other work on the machine disturbs all of them alike; reported
-are medians and quartiles, and ratios of medians to `bare`.
+loop (`pgd`), of the same step called from a host loop (`host`), of `pgd` over the model
+after `jaxadv.freeze` (`frozen`), and of a universal perturbation as `jaxadv uap` crafts
+it, with the weights as arguments, without and with `freeze` (`uap`, `uap frozen`). The
+process is pinned to one core and the programs take turns, so other work on the machine
+disturbs all of them alike; reported are medians and quartiles, and ratios of medians to
+`bare`.
 
 `unet<width>-<norm>` is our U-Net. `twin<width>` has the same blocks on plain Flax
 convolutions, transposed convolutions and pooling, for comparison. The classifiers have
@@ -143,6 +145,7 @@ def programs(model, *, side, batch, steps):
   frozen = jax.jit(
     lambda state: jax.lax.scan(lambda s, _: stepped(s), state, length=steps)
   )
+  craft = functools.partial(_craft, model, variables, x, y, steps)
   return {
     "bare": lambda: [bare(x) for _ in range(steps)],
     "scan": lambda: scan(x),
@@ -151,7 +154,22 @@ def programs(model, *, side, batch, steps):
       lambda s, _: host(s, None)[0], range(steps), state
     ),
     "frozen": lambda: frozen(state),
+    "uap": craft(lambda predict, x: predict),
+    "uap frozen": craft(jaxadv.freeze),
   }
+
+
+def _craft(model, variables, x, y, steps, bind):
+  """Steps of a universal perturbation, with the weights as arguments."""
+  uap = jaxadv.attacks.universal(8 / 255, num_steps=steps)
+  start = uap.init(jax.random.key(2), x[0])
+
+  @jax.jit
+  def step(variables, state):
+    predict = bind(functools.partial(model.apply, variables), x)
+    return uap.step(predict, state, {"image": x, "decision": y})[0]
+
+  return lambda: functools.reduce(lambda s, _: step(variables, s), range(steps), start)
 
 
 def measure(calls, *, steps, repeats):
@@ -205,7 +223,7 @@ def main():
     for program, row in rows.items():
       low, high = row["quartiles_ms"]
       print(
-        f"{name:18} {program:6} {row['ms']:8.1f} ({low:.1f}-{high:.1f})"
+        f"{name:18} {program:10} {row['ms']:8.1f} ({low:.1f}-{high:.1f})"
         f"  x{row['over_bare']:.3f}",
         flush=True,
       )

@@ -109,9 +109,18 @@ def test_plain_layers_leave_it(loop):
 def test_the_benchmark_measures_every_program(loop, model):
   calls = loop.programs(model, side=8, batch=1, steps=2)
   rows = loop.summary(loop.measure(calls, steps=2, repeats=2))
-  assert list(rows) == ["bare", "scan", "pgd", "host", "frozen"]
+  names = ["bare", "scan", "pgd", "host", "frozen", "uap", "uap frozen"]
+  assert list(rows) == names
   assert rows["bare"]["over_bare"] == 1
   assert all(row["ms"] > 0 for row in rows.values())
   assert isinstance(loop.build("twin8"), loop.Twin)
   assert loop.build("unet8-batch").norm == "batch"
   assert loop.build("resnet50").width == 0.25
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA for CPU")
+def test_layers_are_faster_frozen_inside_a_loop():
+  layers = benchmark("layers")
+  for name in ("convolution 3, map of 2", "depthwise 5"):  # 20 to 40 times
+    times = layers.measure(layers.programs(name), 3)
+    assert layers.row(times)["faster"] > 4, name
