@@ -312,3 +312,18 @@ def test_steps_follow_the_surrogate_of_an_attack():
   np.testing.assert_allclose(result.delta[:, 0], np.where(running, 3, 0))
   plain = _plain(away, _line, VALUES, y, np.arange(8))
   helpers.assert_trees_equal(_joined([result]), plain)
+
+
+def test_the_benchmark_counts_what_the_model_is_shown():
+  script, shown = helpers.benchmark("compaction"), []
+  # one slow example in each batch of four
+  values = np.array([0.52, 0.52, 0.52, 0.9] * 4, np.float32).reshape(16, 1, 1, 1)
+  labels, names = np.zeros(16, np.int32), ("bright", "dark")
+  dataset = data.Dataset(values, labels, np.arange(16), ["x"] * 16, names)
+  predict = script.counted(lambda x: _line(x[:, 0, 0] - 0.5), shown)
+  calls = script.programs(predict, dataset, 0.5, steps=10, bucket=4, chunks=[1])
+  rows = script.measure(calls, shown, repeats=2)
+  assert list(rows) == ["full", "stop", "chunk 1"]
+  assert {row["fooled"] for row in rows.values()} == {1.0}
+  assert rows["full"]["images"] > rows["stop"]["images"] > rows["chunk 1"]["images"]
+  assert all(seconds > 0 for row in rows.values() for seconds in row["seconds"])
