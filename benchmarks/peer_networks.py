@@ -33,10 +33,13 @@ __all__ = [
   "import_advlib",
   "import_torch",
   "import_torchvision",
+  "once",
   "torch_form",
 ]
 
 CLASSES = 1000
+# LLVM in a hurry, for programs that run once
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # name of a network -> ours, that of torchvision, and options of theirs
 CLASSIFIERS = {
   "resnet50": (models.resnet50, "resnet50", {}),
@@ -73,28 +76,31 @@ def build(name: str, *, side: int, batch: int, masks: bool = False) -> Networks:
   rng = np.random.default_rng(0)
   x = rng.uniform(size=(batch, side, side, 3)).astype(np.float32)
   if name.startswith("unet"):
-    model, variables, theirs = _unet(int(name.removeprefix("unet")), x, masks)
+    model = models.UNet(width=int(name.removeprefix("unet")), norm="batch")
+    forward = once(model.apply)
+    variables, theirs = _unet(model, forward, x, masks)
+    # a decision on the image, for peers that know no masks: the mean over the pixels
+    whole = (lambda out: out) if masks else (lambda out: out[0].mean((1, 2)))
   else:
     model, variables, theirs = _classifier(name, x)
-  whole = _logits if name.startswith("unet") and not masks else lambda out: out
-  if not name.startswith("unet"):
-    whole = lambda out: out[0]
-  ours = lambda x: whole(model.apply(variables, x))
-  flax_form = loop.OnFlax(model)
-  on_flax = lambda x: whole(flax_form.apply(variables, x))
-  out = jax.jit(ours)(x)
-  y = np.asarray((out[0] if masks else out).argmax(-1))
-  return Networks(ours, on_flax, theirs, x, y)
+    forward, whole = once(model.apply), lambda out: out[0]
+  out = whole(forward(variables, x))
+  return Networks(
+    lambda x: whole(model.apply(variables, x)),
+    lambda x: whole(loop.OnFlax(model).apply(variables, x)),
+    theirs,
+    x,
+    np.asarray((out[0] if masks else out).argmax(-1)),
+  )
 
 
-def _logits(out):
-  """A decision on the image, for peers that know no masks: the mean over the pixels."""
-  return out[0].mean((1, 2))
+def once(function):
+  """Jitted, for a program that runs once and is not timed."""
+  return jax.jit(function, compiler_options=FAST)
 
 
-def _unet(width, x, masks):
-  model = models.UNet(width=width, norm="batch")
-  variables = jax.jit(model.init)(jax.random.key(0), x[:1])
+def _unet(model, forward, x, masks):
+  variables = once(model.init)(jax.random.key(0), x[:1])
   rng = np.random.default_rng(1)
 
   def drawn(path, leaf):  # so that folding has something to fold
@@ -103,12 +109,12 @@ def _unet(width, x, masks):
 
   moved = jax.tree_util.tree_map_with_path(drawn, variables["batch_stats"])
   variables = {"batch_stats": moved, "params": variables["params"]}
-  logits, _ = jax.jit(model.apply)(variables, x)
+  logits, _ = forward(variables, x)
   # close decisions: half of the pixels, or of the images, are of each class
   lead = logits[..., 1] - logits[..., 0]
   bias = jnp.array([jnp.median(lead if masks else lead.mean((1, 2))), 0.0])
   variables["params"]["head"]["bias"] += bias
-  return model, variables, lambda: _torch_unet(variables, width, masks)
+  return variables, lambda: _torch_unet(variables, model.width, masks)
 
 
 def _classifier(name, x):
@@ -119,7 +125,7 @@ def _classifier(name, x):
     network = _torchvision_network(published, options, x.shape[1])
   except ImportError as error:
     reason = error
-    return model, jax.jit(start)(), lambda: _raise(reason)
+    return model, once(start)(), lambda: _raise(reason)
   return model, for_jax(network, model, x.shape[1]), lambda: network
 
 
