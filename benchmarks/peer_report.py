@@ -158,7 +158,7 @@ def plot(report: dict[str, Any], path: Any) -> None:
   if not rows:
     return
   names = list(dict.fromkeys(name for row in rows.values() for name in row))
-  figure = Figure(figsize=(9, 1.5 + 0.45 * len(rows)), layout="constrained")
+  figure = Figure(figsize=(9, max(4, 1.5 + 0.4 * len(rows))), layout="constrained")
   axes = figure.add_subplot()
   markers = "osD^v<>pPX*hH8d"
   for k, name in enumerate(names):
@@ -171,7 +171,7 @@ def plot(report: dict[str, Any], path: Any) -> None:
       x, y = zip(*points, strict=True)
       ours = name in ("plain", "frozen", "bf16")
       size = 60 if ours else 28
-      axes.scatter(x, y, size, f"C{k % 10}", marker=markers[k % 15], label=name)
+      axes.scatter(x, y, size, f"C{k % 10}", markers[k % 15], label=name, alpha=0.8)
   axes.axvline(1, color="0.7", zorder=0)
   axes.set_yticks(range(len(rows)), rows)
   axes.invert_yaxis()
