@@ -8,6 +8,8 @@ maps images `(B, ..., C)` in [0, 1] to logits, or to `(logits, features)`.
 """
 
 from jaxadv import attacks, combine, losses, targets, threats, transforms
+from jaxadv.compaction import attack_dataset
+from jaxadv.compiling import configure_cpu, keep_programs
 from jaxadv.engine import Attack, Universal, gradient_attack, universal_attack
 from jaxadv.freezing import freeze
 from jaxadv.types import AttackResult, Objective, Sample, Threat
@@ -21,10 +23,13 @@ __all__ = [
   "Sample",
   "Threat",
   "Universal",
+  "attack_dataset",
   "attacks",
   "combine",
+  "configure_cpu",
   "freeze",
   "gradient_attack",
+  "keep_programs",
   "losses",
   "targets",
   "threats",

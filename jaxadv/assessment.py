@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadv import combine, data, loops, masks, metrics, scores
+from jaxadv.freezing import freeze
 from jaxadv.types import AttackFn, call
 
 __all__ = [
@@ -198,4 +199,5 @@ def _decide(predict, variables, images):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _answer(predict, attack, variables, key, ids, images, labels):
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
-  return attack(keys, functools.partial(predict, variables), images, labels).logits
+  model = freeze(functools.partial(predict, variables), images)
+  return attack(keys, model, images, labels).logits

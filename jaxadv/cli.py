@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   # Imported late: a misspelt option should not wait for jax.
   from jaxadv import (
     checkpoints,
+    compiling,
     distributed,
     experiments,
     job,
@@ -62,10 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sharding,
   )
 
-  refused = (experiments.ConfigError, job.JobError, records.RecordError)
+  compiled = (compiling.CacheError, compiling.FlagsError)
+  refused = (experiments.ConfigError, job.JobError, records.RecordError, *compiled)
   try:
     commands = {"attack": _attack, "uap": _uap, "defend": _defend}
     commands |= {"analyse": _analyse, "train": _train}
+    _configure(options)
     if options.distributed or distributed.wanted():
       distributed.start()
     mesh = distributed.mesh(options.devices)
@@ -81,6 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except preemption.Preempted as stop:
     _refuse(str(stop))
     return stop.status
+
+
+def _configure(options):
+  """What must be said to JAX before it starts."""
+  from jaxadv import compiling
+
+  if options.cpu_flags:
+    done = compiling.configure_cpu()
+    if not done.measured:
+      print(f"no flags are measured for jaxlib {done.jaxlib}", file=sys.stderr)
+  if options.cache:
+    compiling.keep_programs(options.cache)
 
 
 def _build(options):
@@ -269,6 +284,14 @@ def _add_options(command):
   )
   command.add_argument(
     "--devices", type=int, metavar="N", help="of each process [all; of CPUs one]"
+  )
+  command.add_argument(
+    "--cache",
+    metavar="DIR",
+    help="keep compiled programs, for the next run [$JAX_COMPILATION_CACHE_DIR]",
+  )
+  command.add_argument(
+    "--cpu-flags", action="store_true", help="XLA flags that measured faster on CPU"
   )
   for option, (field, meaning) in _OVERRIDES.items():
     command.add_argument(option, dest=field, type=int, metavar="N", help=meaning)

@@ -1,5 +1,6 @@
 """Attacks made of attacks: an `AttackFn` in, an `AttackFn` out."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxadv import inputs, stepping, types
+from jaxadv.engine import Attack
+from jaxadv.freezing import freeze
 from jaxadv.types import (
   Array,
   AttackFn,
@@ -20,6 +23,7 @@ from jaxadv.types import (
 
 __all__ = [
   "best_of",
+  "bf16",
   "fixed",
   "identity",
   "one_of",
@@ -157,6 +161,40 @@ def best_of(*attacks: AttackFn) -> AttackFn:
     return best
 
   return attack
+
+
+def bf16(attack: Attack) -> Attack:
+  """The attack along gradients from convolutions and products in bfloat16.
+
+  Perturbation, losses and what is between the products stay in float32, and the model
+  itself gives the verdict: success never rests on the narrow numbers, though it may
+  differ from that of the same steps in float32, as any rounding tips some signs. Where
+  an attack stops early, the narrow model says when.
+
+  Args:
+    attack: an `Attack`. Models and images of other types than float32 stay as they are.
+
+  Returns:
+    An `Attack`. On CPU its model also went through `jaxadv.freeze`.
+
+  Raises:
+    TypeError: for anything but an `Attack`.
+
+  Example:
+    >>> from jaxadv import attacks
+    >>> weights = jnp.array([[1.0, -1.0], [0.5, -0.5]])
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> attack = bf16(attacks.pgd(0.1, num_steps=5))
+    >>> result = attack(jax.random.key(0), lambda x: x @ weights, x, y)
+    >>> print(result.image.round(2), result.logits.dtype)
+    [[0.39999998 0.39999998]] float32
+  """
+  if not isinstance(attack, Attack):
+    raise TypeError(
+      f"got {type(attack).__name__}; write an Attack, such as attacks.pgd(0.01), "
+      "before it is combined with others."
+    )
+  return attack._replace(surrogate=functools.partial(freeze, bf16=True))
 
 
 def random_budget(

@@ -24,6 +24,7 @@ from jaxadv import (
   sharding,
 )
 from jaxadv.engine import Universal
+from jaxadv.freezing import freeze
 from jaxadv.subjects import Norm, Part, Subject
 from jaxadv.types import Perturbation
 
@@ -73,7 +74,8 @@ def craft(
     eps: radius.
     folder: of the checkpoints; `None` for none.
     settings: flat, of JSON values: what the state depends on beside radius and plan.
-    on_step: called as `on_step(n, state, metrics)` after step n, counted from 1.
+    on_step: called as `on_step(n, state, metrics)` after step n, counted from 1; the
+      next step takes the memory of the state, so copy what is to be kept.
 
   Returns:
     The state after the last step.
@@ -194,12 +196,22 @@ def _start(rule, key, image, aim):
   return _build(rule, aim).init(key, image)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# The state's memory is the next one's.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _step(rule, predict, mesh, aim, variables, state, batch):
+  like = _seen(batch["image"], dict(rule[-1]).get("microbatches", 1))
+
   def on_each(given, batch):
     aim, variables, state = given
-    return _build(rule, aim).step(functools.partial(predict, variables), state, batch)
+    model = freeze(functools.partial(predict, variables), like)
+    return _build(rule, aim).step(model, state, batch)
 
   mapped = "axis_name" in dict(rule[-1])
   step = sharding.data_parallel(on_each, mesh) if mapped else on_each
   return step((aim, variables, state), batch)
+
+
+def _seen(images, microbatches):
+  """What the model gets in one call."""
+  shape = (len(images) // microbatches, *images.shape[1:])
+  return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -46,6 +46,8 @@ class Attack(NamedTuple):
     num_steps: steps at most.
     can_stop: whether examples stop early, so that the loop may end early.
     follow: `step` that also returns the gradient `(B, ...)` of the objective there.
+    surrogate: `(predict, x) -> predict`, the model whose gradients the steps follow,
+      in place of the attacked one, which keeps the verdict; `None` for that one.
   """
 
   init: Callable[..., tuple[Perturbation, Target]]
@@ -54,6 +56,7 @@ class Attack(NamedTuple):
   num_steps: int
   can_stop: bool = False
   follow: Callable[..., tuple[Perturbation, Array, Any]] | None = None
+  surrogate: Callable[[Predict, Images], Predict] | None = None
 
   def __call__(self, key: Array, predict: Predict, x: Images, y: Any) -> AttackResult:
     """Attacks a batch in one compiled loop.
@@ -72,7 +75,7 @@ class Attack(NamedTuple):
       TypeError, ValueError: for bad input, before the first step.
     """
     state, target = self.init(key, predict, x, y)
-    step = functools.partial(self.step, predict, x, target)
+    step = functools.partial(self.step, self.followed(predict, x), x, target)
     loop = _while_any_runs if self.can_stop else _scan
     state, losses = loop(step, state, self.num_steps)
     return self.finish(predict, x, target, state, losses)
@@ -86,13 +89,17 @@ class Attack(NamedTuple):
     attack at work. Arguments, result and errors are those of a call.
     """
     state, target = self.init(key, predict, x, y)
-    step = jax.jit(functools.partial(self.step, predict))
+    step = jax.jit(functools.partial(self.step, self.followed(predict, x)))
     losses: list[Array] = []
     while len(losses) < self.num_steps and not (self.can_stop and state.done.all()):
       state, loss = step(x, target, state)
       losses.append(loss)
     losses += losses[-1:] * (self.num_steps - len(losses))
     return self.finish(predict, x, target, state, jnp.stack(losses))
+
+  def followed(self, predict: Predict, x: Images) -> Predict:
+    """The model whose gradients the steps follow."""
+    return predict if self.surrogate is None else self.surrogate(predict, x)
 
 
 class Universal(NamedTuple):
@@ -183,13 +190,13 @@ def gradient_attack(
     return follow(predict, x, target, state)[:2]
 
   def finish(predict, x, target, state, losses):
-    loss, sample = evaluate(predict, x, target, state, state.delta)
+    counted, passed = _counting(predict)
+    loss, sample = evaluate(counted, x, target, state, state.delta)
     state = jax.vmap(remember)(state, stepping.judge(objective, sample, loss))
     delta = state.delta if keep == "last" else state.best_delta
     if keep != "last":
       loss, sample = evaluate(predict, x, target, state, delta)
     verdict = stepping.judge(objective, sample, loss)
-    forwards, backwards = _passes(evaluate, predict, x, target, state)
     result = AttackResult(
       image=sample.image,
       delta=delta,
@@ -199,8 +206,8 @@ def gradient_attack(
       success=verdict.success,
       steps=state.step,
       nonfinite=state.nonfinite + stepping.is_nonfinite(loss),
-      forwards=forwards * state.step,
-      backwards=backwards * state.step,
+      forwards=sum(passed) // x.shape[0] * state.step,
+      backwards=loss.size // x.shape[0] * state.step,
     )
     return jax.lax.stop_gradient(result)
 
@@ -360,14 +367,16 @@ def _sums(objective, threat, example, predict, state, rows):
   return reduction.weighted(terms, weight)
 
 
-def _passes(evaluate, predict, x, target, state):
-  """Forward and backward passes per example and step, counted from the shapes."""
-  images = 0
+def _counting(predict):
+  """The model, and a list that grows by the images of every call: forward passes.
+
+  The last evaluation is counted, as it is like that of a step: tracing the model for
+  the count alone would take as long as tracing it once more for the program.
+  """
+  passed: list[int] = []
 
   def counted(image):
-    nonlocal images
-    images += image.shape[0]
+    passed.append(image.shape[0])
     return predict(image)
 
-  loss, _ = jax.eval_shape(lambda s: evaluate(counted, x, target, s, s.delta), state)
-  return images // x.shape[0], loss.size // x.shape[0]
+  return counted, passed

@@ -1,22 +1,24 @@
 """`freeze`: any JAX model whose parameters are constants, fast inside compiled loops.
 
-A model is traced once, and its program rewritten in three passes:
+A model is traced once, and its program rewritten in passes:
 
 - what does not depend on the image is computed now, outside of any loop;
 - convolutions take over what scales or shifts their channels (`folding`);
+- where asked for, products go to bfloat16 (`narrowing`);
 - what `frozen_rules` knows is replaced by what runs faster. All else stays as it was.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import folding, frozen_rules
+from jaxadv import folding, frozen_rules, narrowing
 from jaxadv.folding import Step, Unknown
 
 __all__ = ["freeze"]
@@ -25,7 +27,14 @@ Predict = Callable[[Any], Any]
 _SMALL = 1 << 10  # values: what is no larger may grow when it is computed now
 
 
-def freeze(predict: Predict, x: Any) -> Predict:
+class _Passes(NamedTuple):
+  """Which rewrite a program."""
+
+  faster: bool
+  bf16: bool
+
+
+def freeze(predict: Predict, x: Any, *, bf16: bool = False) -> Predict:
   """The same model with an input gradient that is fast inside loops, on CPU.
 
   Value and input gradient are those of `predict` up to rounding. Parameters are
@@ -40,6 +49,8 @@ def freeze(predict: Predict, x: Any) -> Predict:
       mode; Flax, NNX, Equinox, Keras on JAX or plain JAX.
     x: images of the shape that will be attacked, or their `ShapeDtypeStruct`. For
       images of another shape the program is rewritten when they come.
+    bf16: convolutions and matrix products of float32 in bfloat16, on any backend; for
+      gradients, see `jaxadv.combine.bf16`.
 
   Returns:
     A function of images, for reverse mode: `jax.jvp` is refused by JAX.
@@ -57,12 +68,13 @@ def freeze(predict: Predict, x: Any) -> Predict:
     >>> bool(jnp.allclose(frozen(x), predict(x)))
     True
   """
-  if jax.default_backend() != "cpu":
+  passes = _Passes(faster=jax.default_backend() == "cpu", bf16=bf16)
+  if not any(passes):
     return predict
 
   def program(like):
     closed, out = jax.make_jaxpr(predict, return_shape=True)(like)
-    run, tree = _program(closed, [Unknown(like)]), jax.tree.structure(out)
+    run, tree = _program(passes, closed, [Unknown(like)]), jax.tree.structure(out)
     return lambda image: jax.tree.unflatten(tree, run(image))
 
   shape, dtype = x.shape, x.dtype
@@ -76,11 +88,13 @@ def freeze(predict: Predict, x: Any) -> Predict:
   return frozen
 
 
-def _program(closed, arguments):
+def _program(passes, closed, arguments):
   """A function of the unknown arguments of a jaxpr, to the list of its outputs."""
   steps: list[Step] = []
   outputs = _flatten(closed, arguments, steps)
-  calls = [(_rewritten(step), step) for step in folding.fold(steps, outputs)]
+  steps = folding.fold(steps, outputs) if passes.faster else steps
+  steps = narrowing.narrow(steps) if passes.bf16 else steps
+  calls = [(_rewritten(passes, step), step) for step in steps]
   given = [value for value in arguments if isinstance(value, Unknown)]
 
   def run(*values):
@@ -102,8 +116,8 @@ def _flatten(closed, arguments, steps):
   read = lambda atom: atom.val if isinstance(atom, jex.Literal) else env[atom]
   for eqn in jaxpr.eqns:
     name, inputs = eqn.primitive.name, list(map(read, eqn.invars))
-    if name in _INLINED:
-      found = _flatten(eqn.params[_INLINED[name]], inputs, steps)
+    if (called := _called(eqn)) is not None:
+      found = _flatten(called, inputs, steps)
     elif _is_known(eqn, inputs):
       found = _bound(jaxpr, eqn)(*inputs)
     else:
@@ -113,7 +127,18 @@ def _flatten(closed, arguments, steps):
   return list(map(read, jaxpr.outvars))
 
 
-_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
+def _called(eqn):
+  """The program of a call whose gradient is that of its program, else `None`."""
+  name, params = eqn.primitive.name, eqn.params
+  if name == "custom_vjp_call":
+    backward = getattr(params["bwd"], "f", params["bwd"])
+    return params["call_jaxpr"] if backward.__module__ in _LINEAR else None
+  return params[_CALLS[name]] if name in _CALLS else None
+
+
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
+# Where gradients of our own are those of the program, for speed alone.
+_LINEAR = ("jaxadv.models.convolution", "jaxadv.frozen_rules")
 
 
 def _is_known(eqn, inputs):
@@ -133,37 +158,39 @@ def _bound(jaxpr, eqn):
   return lambda *inputs: call(*(inputs[place] for place in places.values()))
 
 
-def _rewritten(step):
+def _rewritten(passes, step):
   """The call of a step, by the rule for its primitive where that has one."""
-  rule = _RULES.get(step.name)
+  if step.name in _HOLDERS:
+    return _HOLDERS[step.name](step, functools.partial(_inner, passes))
+  rule = frozen_rules.RULES.get(step.name) if passes.faster else None
   return (rule and rule(step)) or step.call
 
 
-def _inner(jaxpr, inputs):
+def _inner(passes, jaxpr, inputs):
   """The program of a jaxpr inside a step, as a function of all of its inputs."""
-  run = _program(jaxpr, inputs)
+  run = _program(passes, jaxpr, inputs)
   unknown = [isinstance(value, Unknown) for value in inputs]
   return lambda *values: run(*itertools.compress(values, unknown))
 
 
-def _checkpoint(step):
+def _checkpoint(step, inner):
   params = step.params
-  run = _inner(jex.ClosedJaxpr(params["jaxpr"], ()), step.inputs)
+  run = inner(jex.ClosedJaxpr(params["jaxpr"], ()), step.inputs)
   kept = {name: params[name] for name in ("policy", "prevent_cse")}
   return jax.checkpoint(run, **kept)
 
 
-def _cond(step):
-  branches = [_inner(branch, step.inputs[1:]) for branch in step.params["branches"]]
+def _cond(step, inner):
+  branches = [inner(branch, step.inputs[1:]) for branch in step.params["branches"]]
   return lambda index, *values: lax.switch(index, branches, *values)
 
 
-def _scan(step):
+def _scan(step, inner):
   """What a pass starts from and goes through is unknown inside, whatever it is here."""
   params, jaxpr = step.params, step.params["jaxpr"]
   consts, _, _ = _parts(params, step.inputs)
-  inside = [Unknown(aval) for aval in jaxpr.in_avals[len(consts) :]]
-  body = _inner(jaxpr, [*consts, *inside])
+  within = [Unknown(aval) for aval in jaxpr.in_avals[len(consts) :]]
+  body = inner(jaxpr, [*consts, *within])
   how = {name: params[name] for name in ("length", "reverse", "unroll")}
 
   def call(*inputs):
@@ -174,8 +201,8 @@ def _scan(step):
       return found[: len(carry)], found[len(carry) :]
 
     start = [  # a number has to have its type at once
-      value if isinstance(value, jax.Array) else jnp.asarray(value, inner.aval.dtype)
-      for value, inner in zip(carry, inside, strict=False)
+      value if isinstance(value, jax.Array) else jnp.asarray(value, like.aval.dtype)
+      for value, like in zip(carry, within, strict=False)
     ]
     carry, stacked = lax.scan(one, start, xs, **how)
     return [*carry, *stacked]
@@ -191,10 +218,10 @@ def _parts(params, inputs):
   return list(inputs[:first]), list(inputs[first:last]), list(inputs[last:])
 
 
-_RULES = {
+# Steps that hold a program of their own.
+_HOLDERS = {
   "checkpoint": _checkpoint,
   "cond": _cond,
   "remat2": _checkpoint,
   "scan": _scan,
-  **frozen_rules.RULES,
 }

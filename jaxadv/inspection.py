@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadv import analysis, analysis_plots, attacks, data, loops, preemption
+from jaxadv.freezing import freeze
 from jaxadv.types import call
 
 __all__ = ["Picture", "Subject", "distances", "look", "subject"]
@@ -269,7 +270,7 @@ def _batched(function, seen, name, *arrays):
 @functools.partial(jax.jit, static_argnums=0)
 def _attacked(predict, variables, eps, ids, images, labels):
   keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), ids)
-  model = functools.partial(predict, variables)
+  model = freeze(functools.partial(predict, variables), images)
   return attacks.pgd(eps, num_steps=_STEPS)(keys, model, images, labels).image
 
 

@@ -117,7 +117,7 @@ def universal_training(subject, schedule, plan, eps, state, batches) -> TrainSta
   """
   uap = schedule.moving(eps)
   image = jnp.zeros(subject.train.dataset.images.shape[1:])
-  states = state, uap.init(jax.random.key(plan.seed), image)
+  states = state, _own(uap.init(jax.random.key(plan.seed), image))
   step = functools.partial(_alternate, schedule, subject.predict, eps)
   state, _ = loops.fit(step, states, batches, num_steps=schedule.steps)
   return state
@@ -129,15 +129,16 @@ ARMS: dict[str, Arm] = {
 }
 
 
-# Compiled once for all rounds: what changes from round to round is an argument.
+# Compiled once for all rounds: what changes from round to round is an argument. The
+# memory of a state is the next one's.
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _descend(schedule, pool, state, batch):
   return _step(schedule, combine.one_of(threats.box(), pool))(state, batch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _alternate(schedule, predict, eps, states, batch):
   state, moving = states
   descend = _step(schedule, combine.fixed(threats.box(), moving.delta))
@@ -158,7 +159,13 @@ def _step(schedule, view):
 def _fresh(subject, schedule, seed):
   extra = dict(subject.variables)
   params = extra.pop("params")
-  return training.init_state(jax.random.key(seed), params, extra, schedule.tx)
+  state = training.init_state(jax.random.key(seed), params, extra, schedule.tx)
+  return _own(state)
+
+
+def _own(tree):
+  """A copy, each leaf in memory of its own, that a step may take."""
+  return jax.tree.map(jnp.copy, tree)
 
 
 def _variables(state):

@@ -26,6 +26,7 @@ from jaxadv import (
   scores,
   summaries,
 )
+from jaxadv.freezing import freeze
 from jaxadv.types import AttackFn, LossFn, call, example_keys
 
 __all__ = [
@@ -283,8 +284,8 @@ def _attacked(predict, program, num_steps, given):
 
   What may change between calls is traced.
   """
-  model = functools.partial(predict, given["variables"])
   image, label = given["image"], given["label"]
+  model = freeze(functools.partial(predict, given["variables"]), image)
   logits = jax.eval_shape(lambda image: call(model, image)[0], image)
   inputs.check_shapes({"label": label}, logits)
   key = jax.random.fold_in(jax.random.key(given["seed"]), given["number"])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadv import attacks, data, loops, outcomes, preemption, threats
+from jaxadv.freezing import freeze
 from jaxadv.lazy import Rows
 from jaxadv.types import Array, call
 
@@ -205,7 +206,7 @@ def _decide(predict, view, variables, delta, images):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fool(predict, norm, variables, eps, images, before):
-  own = functools.partial(predict, variables)
+  own = freeze(functools.partial(predict, variables), images)
   steps = {"step_size": eps / 4, "num_steps": 20, "random_start": False}
   pgd = attacks.pgd(eps, norm=norm, keep="best", **steps)
   moved = pgd(jax.random.key(0), own, images, before).delta

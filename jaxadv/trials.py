@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadv import data, metrics
+from jaxadv.freezing import freeze
 from jaxadv.types import AttackFn
 
 __all__ = ["Scene", "batches", "compile_attack", "pair_keys", "place", "run_batch"]
@@ -76,7 +77,8 @@ def compile_attack(scene: Scene, attack: AttackFn, size: int) -> Callable[..., A
   """
 
   def program(variables, keys, x, y):
-    return attack(keys, functools.partial(scene.predict, variables), x, y)
+    model = freeze(functools.partial(scene.predict, variables), x)
+    return attack(keys, model, x, y)
 
   keys, x, y, _ = _inputs(scene, [0] * size)
   return jax.jit(program).lower(scene.variables, keys, x, y).compile()

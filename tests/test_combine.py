@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadv import attacks, combine, losses
+from jaxadv import attacks, combine, losses, models
 from jaxadv.types import AttackResult
 
 KEY = jax.random.key(0)
@@ -159,3 +159,51 @@ def test_a_random_budget_keeps_single_precision_where_double_is_the_default():
     x = jnp.asarray(X, jnp.float32)
     result = combine.random_budget(make, drawn)(KEY, lambda x: x.mean((1, 2)), x, Y % 2)
     assert result.image.dtype == jnp.float32
+
+
+def _unet():
+  model = models.UNet(num_classes=2, width=4, depth=2)
+  x = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
+  variables = jax.jit(model.init)(jax.random.key(1), x)
+  predict = lambda x: model.apply(variables, x)
+  return predict, x, jnp.argmax(predict(x)[0], -1)
+
+
+def test_bf16_steers_by_narrow_gradients_and_judges_by_the_model():
+  predict, x, y = _unet()
+  pgd = attacks.pgd(4 / 255, num_steps=5)
+  narrow = combine.bf16(pgd)(jax.random.key(0), predict, x, y)
+  wide = pgd(jax.random.key(0), predict, x, y)
+  assert narrow.delta.dtype == jnp.float32
+  assert np.abs(narrow.delta).max() <= 4 / 255 + 1e-7
+  # the verdict is that of the model on the image that was found, in float32
+  np.testing.assert_allclose(narrow.logits, predict(narrow.image)[0], atol=1e-6)
+  # the way there is another one, to about the same place
+  assert (narrow.delta != wide.delta).any()
+  np.testing.assert_allclose(narrow.losses, wide.losses, rtol=0.02)
+
+
+def test_bf16_in_a_host_loop_is_the_same():
+  predict, x, y = _unet()
+  attack = combine.bf16(attacks.pgd(4 / 255, num_steps=3))
+  compiled = jax.jit(lambda x, y: attack(jax.random.key(0), predict, x, y))(x, y)
+  stepped = attack.run_stepwise(jax.random.key(0), predict, x, y)
+  np.testing.assert_allclose(stepped.losses, compiled.losses, rtol=0.01)
+
+
+def test_a_surrogate_gives_gradients_and_the_model_the_verdict():
+  x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+  predict = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]])
+  other = lambda x: x @ jnp.array([[-1.0, 1.0], [1.0, -1.0]])
+  attack = attacks.pgd(0.1, random_start=False)
+  transferred = attack._replace(surrogate=lambda predict, x: other)
+  result = transferred(jax.random.key(0), predict, x, y)
+  np.testing.assert_allclose(result.delta, [[0.1, -0.1]], atol=1e-6)
+  np.testing.assert_allclose(result.logits, predict(x), atol=1e-6)
+  entropy = -jax.nn.log_softmax(other(x))[0, 0]
+  np.testing.assert_allclose(result.losses[0], [entropy], rtol=1e-6)
+
+
+def test_bf16_wants_an_attack():
+  with pytest.raises(TypeError, match=r"got function; write an Attack"):
+    combine.bf16(combine.identity)

@@ -4,6 +4,7 @@ import functools
 import re
 
 import flax.linen as nn
+import foreign  # noqa: F401  chooses the backend of Keras
 import helpers
 import jax
 import jax.numpy as jnp
@@ -320,6 +321,46 @@ def test_our_own_models(name):
     np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 
 
+def _products(predict, x):
+  """Types of the operands of convolutions and products, gradients among them."""
+  gradient = jax.grad(lambda x: sum(a.sum() for a in jax.tree.leaves(predict(x))))
+  program = jax.jit(gradient).lower(x).as_text()
+  product = r"stablehlo\.(?:convolution|dot_general)\b.*"
+  return set(re.findall(r"x(f32|bf16)>", " ".join(re.findall(product, program))))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_in_bfloat16_every_product_is_and_nothing_else(flax, backend, monkeypatch):
+  predict, x = flax
+  own = _bound(models.UNet(num_classes=2, width=4, depth=2, norm="batch"), x)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  for model in (predict, own):
+    narrow = jaxadv.freeze(model, x, bf16=True)
+    assert (_products(model, x), _products(narrow, x)) == ({"f32"}, {"bf16"})
+    got, want = (jax.tree.leaves(f(x)) for f in (narrow, model))
+    for a, b in zip(got, want, strict=True):
+      assert a.dtype == jnp.float32
+      np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max())
+    assert np.abs(got[0] - want[0]).max() > 1e-4 * np.abs(want[0]).max()
+
+
+def test_bfloat16_reaches_what_was_frozen_before_and_what_is_in_a_scan(flax):
+  predict, x = flax
+  layers = lambda x: lax.scan(lambda x, _: (x + jnp.tanh(x @ kernel), None), x, None, 2)
+  kernel = jax.random.normal(jax.random.key(0), (3, 3))
+  model = lambda x: layers(predict(x))[0]
+  twice = jaxadv.freeze(jaxadv.freeze(model, x), x, bf16=True)
+  assert _products(twice, x) == {"bf16"}
+
+
+def test_bfloat16_leaves_other_types_alone():
+  with helpers.x64():
+    predict, x = _network(0)
+    once, narrow = jaxadv.freeze(predict, x), jaxadv.freeze(predict, x, bf16=True)
+    for a, b in zip(*(jax.tree.leaves(f(x)) for f in (once, narrow)), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
 def test_nnx_and_channels_first():
   rngs = nnx.Rngs(0)
   conv, norm = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
@@ -335,6 +376,35 @@ def test_nnx_and_channels_first():
   _check(predict, x, 1e-5)
   after = str(jax.make_jaxpr(jaxadv.freeze(predict, x))(x)).split("custom_vjp_call")[-1]
   assert " mul " not in after
+
+
+@jax.numpy_rank_promotion("allow")
+def test_keras():
+  keras = pytest.importorskip("keras")
+  if keras.backend.backend() != "jax":
+    pytest.skip("Keras runs on another backend; KERAS_BACKEND=jax was not set first")
+  layers = keras.layers
+  model = keras.Sequential(
+    [
+      keras.Input((16, 16, 3)),
+      layers.Conv2D(8, 3, strides=2, padding="same"),
+      layers.BatchNormalization(),
+      layers.ReLU(),
+      layers.DepthwiseConv2D(3),
+      layers.MaxPooling2D(2),
+      layers.Conv2DTranspose(4, 2, strides=2),
+      layers.UpSampling2D(2, interpolation="bilinear"),
+      layers.GlobalAveragePooling2D(),
+      layers.Dense(3),
+    ]
+  )
+  trained = [v.value for v in model.trainable_variables]
+  state = [0.5 + v.value for v in model.non_trainable_variables]
+  predict = lambda x: model.stateless_call(trained, state, x, training=False)[0]
+  x = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3))
+  _check(predict, x, 1e-5)
+  gradient = jax.grad(lambda x: jaxadv.freeze(predict, x)(x).sum())
+  assert "select_and_scatter" not in str(jax.make_jaxpr(gradient)(x))
 
 
 def test_ensembles_map_over_a_frozen_model(flax):

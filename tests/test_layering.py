@@ -43,10 +43,13 @@ ALLOWED = {
   "pooling": {"patches"},
   "folding": set(),
   "frozen_rules": {"folding", "canonical", "pooling"},
-  "freezing": {"folding", "frozen_rules"},
-  "combine": {"types", "inputs", "stepping"},  # and this no concrete attack
+  "narrowing": {"folding"},
+  "freezing": {"folding", "frozen_rules", "narrowing"},
+  # and this no concrete attack
+  "combine": {"types", "inputs", "stepping", "engine", "freezing"},
   "line_search": {"types", "inputs"},
   "stability": {"types", "engine"},  # it runs any attack of the engine
+  "compaction": {"types", "inputs", "stepping", "engine"},  # the same
   "attacks": GROUND | PARTS | {"types", "stepping", "engine", "attacks"},
   "training": {"types", "inputs", "outer_losses", "reduction"},
   "defences": GROUND | PARTS | {"types", "engine", "combine", "attacks", "training"},
@@ -56,6 +59,7 @@ ALLOWED = {
   "loops": {"types", "sharding"},
   "sharding": set(),
   "preemption": set(),
+  "compiling": set(),
   "manifests": {"jaxadv"},
   "distributed": {"sharding"},
   "checkpoints": {"manifests", "distributed", "preemption", "sharding"},
@@ -75,7 +79,7 @@ APPLICATION = {
   "building": LIBRARY | {"progress"},
   "cli": {"experiments", "progress", "records", "report", "jaxadv"}
   | {"distributed", "sharding"}
-  | {"checkpoints", "preemption"}
+  | {"checkpoints", "preemption", "compiling"}
   | {"job", "universal_job", "universal_report", "victim_job"}
   | {"analysis_job", "defence_job", "defence_report", "builders", "building"},
   "analysis_job": LIBRARY
