@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLAGS ?=
 WORKERS ?= 2
 
-.PHONY: demo test test-long parity lint clean
+.PHONY: demo test test-long parity peers lint clean
 
 demo: .venv/installed-report ## Trains a U-Net, attacks it and writes runs/demo/report.html
 	$(BIN)/python -m jaxadv attack configs/demo.py $(FLAGS)
@@ -18,6 +18,9 @@ test-long: .venv/installed-dev ## Kills runs at twenty random moments, large net
 parity: .venv/installed-dev .venv/installed-parity ## Compares with networks of PyTorch
 	$(BIN)/python -m pytest tests/test_convert.py tests/test_frameworks.py
 
+peers: .venv-peers/installed ## Measures attacks of other libraries beside ours
+	.venv-peers/bin/python benchmarks/peers.py $(FLAGS)
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,5 +33,13 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
+# Peers have an environment of their own: `make test` does without them.
+.venv-peers/installed: setup.cfg pyproject.toml
+	@test -x .venv-peers/bin/python && .venv-peers/bin/python -m pip --version \
+	  >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --editable '.[peers]'
+	.venv-peers/bin/python -m pip install --quiet --no-deps 'adv-lib>=0.2.8,<1'
+	@touch $@
+
 clean:
-	rm -rf .venv .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .coverage .mypy_cache .pytest_cache .ruff_cache

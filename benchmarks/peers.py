@@ -1,0 +1,300 @@
+"""Ours beside PyTorch, torchattacks, foolbox, ART and adv-lib, on the same networks.
+
+    make peers    # or, where they are installed
+    python benchmarks/peers.py [--work unet32-128-b1 ...] [--out peers.json]
+
+Per work, every program attacks the same images of the same network with the same
+weights, which is checked; `peer_attacks` says what a call is. The process is pinned to
+one core and PyTorch to one thread, the programs take turns, and CPU time is measured:
+medians, quartiles, ratios of medians, and medians of the ratios within a turn. A
+library that cannot be run is listed with its error. The JSON is written after every
+work, what it holds already is not measured again, and a plot lies beside it.
+
+PGD is in Linf, 8/255 by steps of 2/255, without random start. Steps per call are fewer
+than 40 where the network is large (`--steps` sets them for all): ms per step hardly
+depends on them, but for the one forward pass at the end, which all programs have.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+if __name__ == "__main__" and hasattr(os, "sched_setaffinity"):  # before jax starts
+  os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+  os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peer_attacks
+import peer_networks
+import peer_report
+import peer_universal
+
+from jaxadv import records, types
+
+
+class Work(NamedTuple):
+  """A network, its images, and how many steps a call takes.
+
+  Attributes:
+    network: see `peer_networks.build`.
+    side: of the images, pixels.
+    batch: images.
+    steps: of one call.
+    kind: `classes` or `masks`.
+    leave_out: programs that would take minutes a call.
+  """
+
+  network: str
+  side: int
+  batch: int
+  steps: int
+  kind: str = "classes"
+  leave_out: tuple[str, ...] = ()
+
+
+SLOW = ("flax", "bare flax", "torch compiled")
+WORKS = {
+  "unet32-128-b1": Work("unet32", 128, 1, 10),
+  "resnet50-64-b8": Work("resnet50", 64, 8, 6),
+  "unet32-128-b8": Work("unet32", 128, 8, 2),
+  "unet32-256-b1": Work("unet32", 256, 1, 4),
+  "unet64-128-b1": Work("unet64", 128, 1, 4),
+  "resnet50-224-b1": Work("resnet50", 224, 1, 6),
+  "vgg16-64-b8": Work("vgg16", 64, 8, 4),
+  "densenet121-64-b8": Work("densenet121", 64, 8, 6),
+  "inception_v3-128-b8": Work("inception_v3", 128, 8, 4),
+  "resnet50-224-b8": Work("resnet50", 224, 8, 2, leave_out=SLOW),
+  "unet64-256-b1": Work("unet64", 256, 1, 2, leave_out=SLOW),
+  "masks-unet32-128-b1": Work("unet32", 128, 1, 10, "masks"),
+  "masks-unet32-128-b8": Work("unet32", 128, 8, 2, "masks"),
+  "masks-unet64-128-b1": Work("unet64", 128, 1, 4, "masks"),
+  "masks-unet32-256-b1": Work("unet32", 256, 1, 4, "masks"),
+}
+# an hour together; only by name
+LARGE = {
+  "unet32-256-b8": Work("unet32", 256, 8, 2, leave_out=SLOW),
+  "unet64-128-b8": Work("unet64", 128, 8, 2, leave_out=SLOW),
+  "unet64-256-b8": Work("unet64", 256, 8, 1, leave_out=SLOW),
+}
+TINY = {"tiny": Work("unet16", 64, 2, 8)}
+OTHERS = ("compile", "universal")
+COMPILED = ("unet32-128-b1", "resnet50-64-b8")
+TOLERANCE = 1e-3  # of logits, relative to the largest: float32, norms folded or not
+
+
+def measure_work(work: Work, options) -> dict[str, Any]:
+  """The row of a work: every program's times, or its error."""
+  masks = work.kind == "masks"
+  networks = peer_networks.build(
+    work.network, side=work.side, batch=work.batch, masks=masks
+  )
+  makers = peer_attacks.MASKS if masks else peer_attacks.CLASSES
+  steps = options.steps or work.steps
+  rows, calls, reference = {}, {}, None
+  for name, make in makers.items():
+    if options.programs and name not in options.programs:
+      continue
+    if name in work.leave_out and not options.programs:
+      rows[name] = {"error": "left out: takes minutes a call"}
+      continue
+    try:
+      program = make(networks, steps)
+      fooled = program.call()
+    except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
+      rows[name] = {
+        "error": f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+      }
+      continue
+    reference = program.logits if reference is None else reference
+    rows[name] = {"fooled": fooled, "difference": _difference(program, reference, name)}
+    calls[name] = program.call
+    print(f"  {name} is ready", file=sys.stderr, flush=True)
+  times = _turns(calls, options.repeats, options.cap)
+  for name, row in _summary(times, steps).items():
+    rows[name] |= row
+  forward, step = _gflop(networks)
+  gflop = step + forward / steps  # the judging, too, is work
+  return {**work._asdict(), "steps": steps, "gflop": gflop, "programs": rows}
+
+
+def _difference(program, reference, name):
+  """How far logits are from those of the first program; never far."""
+  if program.logits is None:
+    return None
+  error = float(abs(program.logits - reference).max() / abs(reference).max())
+  if not error < TOLERANCE:
+    raise AssertionError(f"{name} has another network: logits differ by {error:.1e}")
+  return error
+
+
+def _turns(calls, repeats, cap):
+  """CPU seconds per call, `{name: [one per turn]}`; past `cap` seconds, two turns."""
+  times: dict[str, list[float]] = {name: [] for name in calls}
+  for turn in range(repeats):
+    for name, call in calls.items():
+      if turn >= 2 and sum(times[name]) > cap:
+        continue
+      start = time.process_time()
+      call()
+      times[name].append(time.process_time() - start)
+  return times
+
+
+def _summary(times, steps):
+  rows = {}
+  for name, values in times.items():
+    low, middle, high = np.percentile(values, [25, 50, 75]) / steps * 1e3
+    rows[name] = {"ms": middle, "quartiles_ms": [low, high], "turns": len(values)}
+    for base in ("bare", "torch folded"):
+      if base in times:
+        pairs = zip(values, times[base], strict=False)
+        rows[name][f"over {base}"] = {
+          "medians": statistics.median(values) / statistics.median(times[base]),
+          "pairs": statistics.median(a / b for a, b in pairs),
+        }
+  return rows
+
+
+def _gflop(networks):
+  """Of a forward pass, and of one with the input gradient, as XLA counts them."""
+  x = jnp.asarray(networks.x)
+  total = lambda x: types.call(networks.ours, x)[0].sum()
+  count = lambda f: jax.jit(f).lower(x).cost_analysis()["flops"] / 1e9
+  return count(total), count(jax.value_and_grad(total))
+
+
+def peak() -> dict[str, float]:
+  """GFLOP/s of a float32 matrix product of side 2048, the best of five, by library."""
+  n, found = 2048, {}
+  matrix = np.random.default_rng(0).normal(size=(n, n)).astype(np.float32)
+  products: dict[str, Callable] = {}
+  ours = jnp.asarray(matrix)
+  product = jax.jit(jnp.matmul)
+  products["jax"] = lambda: product(ours, ours).block_until_ready()
+  try:
+    theirs = peer_networks.import_torch().from_numpy(matrix)
+    products["torch"] = lambda: theirs @ theirs
+  except ImportError:
+    pass
+  for name, call in products.items():
+    call()
+    times = []
+    for _ in range(5):
+      start = time.process_time()
+      call()
+      times.append(time.process_time() - start)
+    found[name] = 2 * n**3 / min(times) / 1e9
+  return found
+
+
+def measure_compile(names=COMPILED) -> dict[str, Any]:
+  """Seconds until PGD-40 can run, in new processes, and tracings for eight radii."""
+  rows = {}
+  for name in names:
+    with tempfile.TemporaryDirectory() as cache:
+      command = [sys.executable, __file__, "--probe", name, cache]
+      cold, warm = (
+        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        for _ in range(2)
+      )
+    work = (WORKS | TINY)[name]
+    networks = peer_networks.build(work.network, side=work.side, batch=work.batch)
+    run, traces = peer_attacks.radii(networks, 1)
+    for radius in range(1, 9):
+      run(radius / 255).block_until_ready()
+    rows[name] = {"cold": cold, "warm": warm, "compilations for 8 radii": len(traces)}
+  return rows
+
+
+def probe(name: str, cache: str) -> dict[str, dict[str, float]]:
+  """CPU seconds of tracing and compiling in this process, with a cache on disk."""
+  jax.config.update("jax_compilation_cache_dir", cache)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  work = (WORKS | TINY)[name]
+  networks = peer_networks.build(work.network, side=work.side, batch=work.batch)
+  x, y = jnp.asarray(networks.x), jnp.asarray(networks.y)
+  found = {}
+  for form in ("plain", "frozen"):
+    start = time.process_time()
+    run = peer_attacks.compiled(networks, form, 40)
+    lowered = run.lower(jax.random.key(0), x, y)
+    traced = time.process_time()
+    lowered.compile()
+    found[form] = {"trace_s": traced - start, "compile_s": time.process_time() - traced}
+  return found
+
+
+def settings() -> dict[str, Any]:
+  """What times depend on beside the work."""
+  packages = ("jax", "jaxlib", "flax", "numpy", "torch", "torchvision", "torchattacks")
+  packages += ("foolbox", "adversarial-robustness-toolbox", "adv-lib")
+  versions = {"python": sys.version.partition(" ")[0]}
+  for package in packages:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = "not installed"
+  flags = os.environ.get("XLA_FLAGS", "")
+  return {"versions": versions, "xla_flags": flags, "cores": os.cpu_count()}
+
+
+def _arguments():
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  every = [*WORKS, *OTHERS, *LARGE, *TINY]
+  parser.add_argument("--work", nargs="+", choices=every, metavar="NAME")
+  parser.add_argument("--programs", nargs="+", metavar="NAME", help="all by default")
+  parser.add_argument("--repeats", type=int, default=5, help="turns")
+  parser.add_argument("--steps", type=int, help="of one call, for all works")
+  parser.add_argument("--cap", type=float, default=15, help="CPU seconds of a program")
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("peers.json"))
+  parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+def main():
+  warnings.simplefilter("ignore")
+  options = _arguments()
+  if options.probe:
+    print(json.dumps(probe(*options.probe)))
+    return
+  report = {"settings": settings(), "rows": {}}
+  if options.out.exists():
+    stored = json.loads(options.out.read_text())
+    if stored["settings"] != report["settings"]:
+      sys.exit(f"{options.out} has other versions or flags; choose another --out.")
+    report = stored
+  report.setdefault("peak", peak())
+  works = {
+    **{name: functools.partial(measure_work, work, options) for name, work in _all()},
+    "compile": measure_compile,
+    "universal": peer_universal.measure,
+  }
+  for name in options.work or [*WORKS, *OTHERS]:
+    if name not in report["rows"]:
+      print(name, file=sys.stderr, flush=True)
+      report["rows"][name] = works[name]()
+      records.write_json(options.out, report)
+  peer_report.plot(report, options.out.with_suffix(".png"))
+  print(peer_report.markdown(report))
+
+
+def _all():
+  return (WORKS | LARGE | TINY).items()
+
+
+if __name__ == "__main__":
+  main()
