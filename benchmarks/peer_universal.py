@@ -8,6 +8,7 @@ the same, and the clock is CPU time; judging and, for ours, compiling are not co
 import functools
 import importlib
 import math
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ CAP = 90  # CPU seconds that one program of ART may take, about
 # attack of ART -> inner attack and its parameters
 ART = {
   "art UniversalPerturbation, fgsm": ("fgsm", {"eps": EPS / 5}),
-  "art UniversalPerturbation, deepfool": ("deepfool", {"verbose": False}),
+  "art UniversalPerturbation, deepfool": ("deepfool", {"max_iter": 10, "verbose": False}),
   "art TargetedUniversalPerturbation, fgsm": (
     "fgsm",
     {"eps": EPS / 5, "targeted": True},
@@ -65,6 +66,7 @@ def measure() -> dict[str, Any]:
     "ours targeted_universal": _ours(victim, judge, TARGET),
   }
   for name in ART:
+    print(f"  {name}", file=sys.stderr, flush=True)
     try:
       rows[name] = _art(victim, judge, name)
     except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
@@ -76,8 +78,8 @@ def measure() -> dict[str, Any]:
 
 def _victim():
   torch = peer_networks.import_torch()
-  dataset = data.load(PACK, split="train")
-  x = np.repeat(np.asarray(dataset.images, np.float32) / 255, 3, -1)
+  dataset = data.resize(data.load(PACK, split="train"), 64)
+  x = np.asarray(data.as_float(dataset.images), np.float32)
   classes = len(dataset.class_names)
   torch.manual_seed(0)
   network = peer_networks.import_torchvision().models.resnet18(num_classes=classes)
