@@ -4,6 +4,7 @@ A call takes `steps` gradient steps and judges the attacked images once: librari
 do not judge by themselves are followed by one forward pass, and `bare` has one too.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import peer_networks
 import jaxadv
 from jaxadv import attacks, combine, types
 
-__all__ = ["CLASSES", "MASKS", "Program", "compiled", "radii"]
+__all__ = ["CLASSES", "MASKS", "Program", "as_in_the_commands", "compiled", "radii"]
 
 EPS, STEP = 8 / 255, 2 / 255
 
@@ -151,6 +152,16 @@ def compiled(networks: Any, form: str, steps: int, make: Callable | None = None)
   return jax.jit(
     lambda key, x, y: (attack(key, predict, x, y).logits.argmax(-1) != clean).mean()
   )
+
+
+def as_in_the_commands(networks: Any, steps: int) -> Any:
+  """PGD as `jaxadv attack` compiles it: frozen, with the weights as arguments."""
+
+  def program(variables, key, x, y):
+    predict = jaxadv.freeze(functools.partial(networks.apply, variables), x)
+    return _attack(steps)(key, predict, x, y).image
+
+  return functools.partial(jax.jit(program).lower, networks.variables)
 
 
 def _attack(steps, eps=EPS):

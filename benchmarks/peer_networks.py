@@ -62,6 +62,8 @@ class Networks(NamedTuple):
     theirs: makes the PyTorch module, or raises ImportError.
     x: images.
     y: decisions on them.
+    apply: `(variables, images)` to the logits of `ours`.
+    variables: of it.
   """
 
   ours: Callable[[jax.Array], Any]
@@ -69,6 +71,8 @@ class Networks(NamedTuple):
   theirs: Callable[[], Any]
   x: np.ndarray
   y: np.ndarray
+  apply: Callable[[Any, jax.Array], Any] | None = None
+  variables: Any = None
 
 
 def build(name: str, *, side: int, batch: int, masks: bool = False) -> Networks:
@@ -85,12 +89,15 @@ def build(name: str, *, side: int, batch: int, masks: bool = False) -> Networks:
     model, variables, theirs = _classifier(name, x)
     forward, whole = once(model.apply), lambda out: out[0]
   out = whole(forward(variables, x))
+  apply = lambda variables, x: whole(model.apply(variables, x))
   return Networks(
-    lambda x: whole(model.apply(variables, x)),
+    functools.partial(apply, variables),
     lambda x: whole(loop.OnFlax(model).apply(variables, x)),
     theirs,
     x,
     np.asarray((out[0] if masks else out).argmax(-1)),
+    apply,
+    variables,
   )
 
 

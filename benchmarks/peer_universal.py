@@ -22,13 +22,16 @@ from jaxadv import attacks, data, loops, models
 __all__ = ["measure"]
 
 PACK = "mednist_modality_64"
-EPS, LEVEL, TARGET = 0.1, 0.8, 3
+EPS, LEVEL, TARGET = 0.2, 0.8, 3
 EPOCHS, BATCH, STEPS = 6, 32, 90
 CAP = 90  # CPU seconds that one program of ART may take, about
 # attack of ART -> inner attack and its parameters
 ART = {
   "art UniversalPerturbation, fgsm": ("fgsm", {"eps": EPS / 5}),
-  "art UniversalPerturbation, deepfool": ("deepfool", {"max_iter": 10, "verbose": False}),
+  "art UniversalPerturbation, deepfool": (
+    "deepfool",
+    {"max_iter": 10, "verbose": False},
+  ),
   "art TargetedUniversalPerturbation, fgsm": (
     "fgsm",
     {"eps": EPS / 5, "targeted": True},
@@ -152,7 +155,8 @@ def _batches(victim):
     order = rng.permutation(len(victim.x))
     for first in range(0, len(order) - BATCH + 1, BATCH):
       rows = order[first : first + BATCH]
-      yield {"image": victim.x[rows], "label": victim.before[rows].astype(np.int32)}
+      decision = victim.before[rows].astype(np.int32)
+      yield {"image": victim.x[rows], "decision": decision}
 
 
 def _art(victim, judge, name):
