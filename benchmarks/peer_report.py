@@ -24,15 +24,21 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _times(rows, report):
-  """CPU ms per step and quartiles; of `bare`, the share of the matrix peak too."""
+  """CPU ms per step and quartiles: a column per work, four works a table."""
   names = list(dict.fromkeys(name for row in rows.values() for name in row["programs"]))
-  table = []
-  for work, row in rows.items():
-    cells = [f"{_cell(row['programs'].get(name))}" for name in names]
-    share = _share(row, "bare", report)
-    table.append([work, str(row["steps"]), f"{row['gflop']:.1f}", share, *cells])
-  heads = ["work", "steps", "GFLOP", "bare / peak"]
-  return "CPU ms per step (quartiles)\n\n" + _table([*heads, *names], table)
+  heads = ["steps of a call", "GFLOP of a step", "`bare`, of the peak", *names]
+  tables = ["CPU ms per step (quartiles)"]
+  for first in range(0, len(rows), 4):
+    works = list(rows)[first : first + 4]
+    columns = [_column(rows[work], names, report) for work in works]
+    lines = [list(line) for line in zip(heads, *columns, strict=True)]
+    tables.append(_table(["program", *works], lines))
+  return "\n\n".join(tables)
+
+
+def _column(row, names, report):
+  cells = [_cell(row["programs"].get(name)) for name in names]
+  return [str(row["steps"]), f"{row['gflop']:.1f}", _share(row, "bare", report), *cells]
 
 
 def _cell(row):

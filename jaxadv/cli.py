@@ -288,7 +288,7 @@ def _add_options(command):
   command.add_argument(
     "--cache",
     metavar="DIR",
-    help="keep compiled programs, for the next run [$JAX_COMPILATION_CACHE_DIR]",
+    help="keep all compiled programs there, for the next run",
   )
   command.add_argument(
     "--cpu-flags", action="store_true", help="XLA flags that measured faster on CPU"

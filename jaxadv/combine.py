@@ -1,6 +1,5 @@
 """Attacks made of attacks: an `AttackFn` in, an `AttackFn` out."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -168,8 +167,10 @@ def bf16(attack: Attack) -> Attack:
 
   Perturbation, losses and what is between the products stay in float32, and the model
   itself gives the verdict: success never rests on the narrow numbers, though it may
-  differ from that of the same steps in float32, as any rounding tips some signs. Where
-  an attack stops early, the narrow model says when.
+  differ from that of the same steps in float32, as any rounding tips some signs. When
+  to stop, and which point to keep, the narrow model says. Products that a model hides
+  in a gradient of its own or in a `while_loop`, and depthwise convolutions of
+  `jaxadv.models`, which are none, stay in float32.
 
   Args:
     attack: an `Attack`. Models and images of other types than float32 stay as they are.
@@ -194,7 +195,8 @@ def bf16(attack: Attack) -> Attack:
       f"got {type(attack).__name__}; write an Attack, such as attacks.pgd(0.01), "
       "before it is combined with others."
     )
-  return attack._replace(surrogate=functools.partial(freeze, bf16=True))
+  narrow = lambda predict, x: freeze(attack.followed(predict, x), x, bf16=True)
+  return attack._replace(surrogate=narrow)
 
 
 def random_budget(

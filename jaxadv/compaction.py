@@ -8,7 +8,7 @@ end. After each turn those that are through leave, and others take their places.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +64,8 @@ def attack_dataset(
     key: one typed key.
     predict: images to logits or `(logits, features)`, in evaluation mode, such as
       `jaxadv.freeze(predict, x)`. Programs are compiled for the last few pairs of
-      attack and model: pass the same objects again, and they are there.
+      attack and model: pass the same objects again, and they are there. Its weights are
+      constants in them: pass a new function when they change.
     batches: mappings with `image (B, ..., C)` and `label`, as `jaxadv.data.batches`
       yields them; B may change. `label` may be all the attack takes as `y`, a mapping
       with `"label"`; other entries, such as `mask`, join it. `id (B,)` is the number in
@@ -80,6 +81,9 @@ def attack_dataset(
     For each batch, in order, an `AttackResult` of NumPy arrays with a row for each of
     its own, as soon as all of them are done. Meanwhile the stream is read ahead, by
     `bucket * (num_steps / chunk + 4)` images and a batch at most.
+
+  An error of the stream comes when it is read, before the results of the batches that
+  are still on their way.
 
   Raises:
     TypeError, ValueError: at once for an attack without steps, a key that is not one
@@ -106,8 +110,8 @@ def attack_dataset(
   start, advance, finish = _programs(attack, predict, chunk)
   known = jax.jit(lambda x: predict(x))  # traced once for all checks
   size = functools.partial(_size, bucket, smallest)
-  started = _in_blocks(start, _read(attack, key, known, batches), bucket, size)
-  rows = _checked(known, started)
+  check = functools.partial(_check_target, known)
+  rows = _in_blocks(start, _read(attack, key, known, batches), bucket, size, check)
   through = _in_turns(advance, rows, bucket, size, attack.num_steps)
   return _in_order(_in_blocks(finish, through, bucket, size))
 
@@ -195,7 +199,8 @@ def _finish(attack, predict, running):
   x, target, state, losses, steps = _typed(running)
   stand = jax.vmap(lambda row, n: row[jnp.minimum(jnp.arange(len(row)), n - 1)])
   losses = jnp.moveaxis(stand(losses, steps), 1, 0)  # still, from the stop on
-  result = attack.finish(predict, x, target, state, losses)
+  followed = attack.followed(predict, x)
+  result = attack.finish(predict, x, target, state, losses, followed)
   return result._replace(losses=jnp.moveaxis(result.losses, 1, 0))
 
 
@@ -203,18 +208,15 @@ def _select(condition, new, old):
   return jax.tree.map(functools.partial(jnp.where, condition), new, old)
 
 
-def _in_blocks(program, rows, bucket, size):
-  """Rows through a program, a bucket at a time."""
+def _in_blocks(program, rows, bucket, size, check=None):
+  """Rows through a program, a bucket at a time; `check` sees what comes out of it."""
   while block := list(itertools.islice(rows, bucket)):
-    yield from _call(program, block, size(len(block)))
+    yield from _call(program, block, size(len(block)), check)
 
 
-def _checked(known, rows):
+def _check_target(known, running):
   """Refuses labels outside the classes, as they are known now."""
-  for place, row in rows:
-    alone = jax.tree.map(lambda leaf: leaf[None], row)
-    stepping.check_target(known, alone.x, alone.target)
-    yield place, row
+  stepping.check_target(known, running.x, running.target)
 
 
 def _in_turns(program, rows, bucket, size, num_steps):
@@ -240,11 +242,13 @@ def _in_order(rows):
       turn += 1
 
 
-def _call(program: Any, rows: Sequence[Row], size: int) -> list[Row]:
+def _call(program: Any, rows: Sequence[Row], size: int, check: Any = None) -> list[Row]:
   """Rows through a program of `size` rows, filled up with the last one."""
   places, trees = zip(*rows, strict=True)
   filled = trees + trees[-1:] * (size - len(rows))
   found = program(jax.tree.map(lambda *leaves: np.stack(leaves), *filled))
+  if check is not None:
+    check(found)
   return _rows(places, found)
 
 
@@ -312,7 +316,7 @@ def _check(attack, key, predict, bucket, smallest, chunk):
     raise ValueError(
       f"`key` has shape {key.shape}; write one key, to which ids are added."
     )
-  if not callable(predict) or not isinstance(predict, Hashable):
+  if not callable(predict) or not _can_be_hashed(predict):
     raise TypeError(
       f"`predict` is a {type(predict).__name__}; write a function of images, such as "
       "lambda x: model.apply(variables, x)."
@@ -324,6 +328,14 @@ def _check(attack, key, predict, bucket, smallest, chunk):
     raise ValueError(f"`smallest` is {smallest}; write at most `bucket`, {bucket}.")
   if not _is_count(chunk):
     raise ValueError(f"`chunk` is {chunk!r}; write a number of steps, 1 or more.")
+
+
+def _can_be_hashed(value):
+  try:  # a class may say so, and its attributes not
+    hash(value)
+  except TypeError:
+    return False
+  return True
 
 
 def _is_count(value):

@@ -3,6 +3,7 @@
 Both are options of the process, and both are off until they are asked for.
 """
 
+import contextlib
 import os
 import pathlib
 import platform
@@ -34,7 +35,7 @@ class CpuFlags(NamedTuple):
 
   Attributes:
     jaxlib: the installed version.
-    measured: whether this version was, on this kind of CPU; if not, there are no flags.
+    measured: whether this version was, on some x86-64; if not, there are no flags.
     flags: that were added to `$XLA_FLAGS`.
   """
 
@@ -156,7 +157,10 @@ def _flags_of(version, machine):
 def _prune(folder, max_bytes):
   """JAX's own bound needs a package that it does not bring."""
   kept = 0
-  files = [(path, path.stat()) for path in folder.glob("*-cache")]
+  files = []
+  for path in folder.glob("*-cache"):
+    with contextlib.suppress(FileNotFoundError):  # another run prunes too
+      files.append((path, path.stat()))
   for path, stat in sorted(files, key=lambda each: each[1].st_mtime, reverse=True):
     kept += stat.st_size
     if kept > max_bytes:

@@ -199,7 +199,8 @@ def _start(rule, key, image, aim):
 # The state's memory is the next one's.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _step(rule, predict, mesh, aim, variables, state, batch):
-  like = _seen(batch["image"], dict(rule[-1]).get("microbatches", 1))
+  dtype = jnp.result_type(batch["image"], state.delta)
+  like = _seen(batch["image"], dict(rule[-1]).get("microbatches", 1), dtype)
 
   def on_each(given, batch):
     aim, variables, state = given
@@ -211,7 +212,7 @@ def _step(rule, predict, mesh, aim, variables, state, batch):
   return step((aim, variables, state), batch)
 
 
-def _seen(images, microbatches):
+def _seen(images, microbatches, dtype):
   """What the model gets in one call."""
   shape = (len(images) // microbatches, *images.shape[1:])
-  return jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.ShapeDtypeStruct(shape, dtype)

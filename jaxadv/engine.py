@@ -42,12 +42,14 @@ class Attack(NamedTuple):
   Attributes:
     init: `(key, predict, x, y) -> (state, target)`; leaves of both have leading axis B.
     step: `(predict, x, target, state) -> (state, losses (B,))`.
-    finish: `(predict, x, target, state, losses) -> AttackResult`.
+    finish: `(predict, x, target, state, losses) -> AttackResult`; a sixth argument is
+      the model that the steps followed, if it was another.
     num_steps: steps at most.
     can_stop: whether examples stop early, so that the loop may end early.
     follow: `step` that also returns the gradient `(B, ...)` of the objective there.
     surrogate: `(predict, x) -> predict`, the model whose gradients the steps follow,
-      in place of the attacked one, which keeps the verdict; `None` for that one.
+      in place of the attacked one, which keeps the verdict; `None` for that one. It
+      also says when to stop and which point to keep.
   """
 
   init: Callable[..., tuple[Perturbation, Target]]
@@ -75,10 +77,11 @@ class Attack(NamedTuple):
       TypeError, ValueError: for bad input, before the first step.
     """
     state, target = self.init(key, predict, x, y)
-    step = functools.partial(self.step, self.followed(predict, x), x, target)
+    followed = self.followed(predict, x)
+    step = functools.partial(self.step, followed, x, target)
     loop = _while_any_runs if self.can_stop else _scan
     state, losses = loop(step, state, self.num_steps)
-    return self.finish(predict, x, target, state, losses)
+    return self.finish(predict, x, target, state, losses, followed)
 
   def run_stepwise(
     self, key: Array, predict: Predict, x: Images, y: Any
@@ -89,13 +92,14 @@ class Attack(NamedTuple):
     attack at work. Arguments, result and errors are those of a call.
     """
     state, target = self.init(key, predict, x, y)
-    step = jax.jit(functools.partial(self.step, self.followed(predict, x)))
+    followed = self.followed(predict, x)
+    step = jax.jit(functools.partial(self.step, followed))
     losses: list[Array] = []
     while len(losses) < self.num_steps and not (self.can_stop and state.done.all()):
       state, loss = step(x, target, state)
       losses.append(loss)
     losses += losses[-1:] * (self.num_steps - len(losses))
-    return self.finish(predict, x, target, state, jnp.stack(losses))
+    return self.finish(predict, x, target, state, jnp.stack(losses), followed)
 
   def followed(self, predict: Predict, x: Images) -> Predict:
     """The model whose gradients the steps follow."""
@@ -189,12 +193,13 @@ def gradient_attack(
   def step(predict, x, target, state):
     return follow(predict, x, target, state)[:2]
 
-  def finish(predict, x, target, state, losses):
-    counted, passed = _counting(predict)
+  def finish(predict, x, target, state, losses, followed=None):
+    followed = predict if followed is None else followed
+    counted, passed = _counting(followed)
     loss, sample = evaluate(counted, x, target, state, state.delta)
     state = jax.vmap(remember)(state, stepping.judge(objective, sample, loss))
     delta = state.delta if keep == "last" else state.best_delta
-    if keep != "last":
+    if keep != "last" or followed is not predict:
       loss, sample = evaluate(predict, x, target, state, delta)
     verdict = stepping.judge(objective, sample, loss)
     result = AttackResult(

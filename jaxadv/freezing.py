@@ -53,7 +53,8 @@ def freeze(predict: Predict, x: Any, *, bf16: bool = False) -> Predict:
       gradients, see `jaxadv.combine.bf16`.
 
   Returns:
-    A function of images, for reverse mode: `jax.jvp` is refused by JAX.
+    A function of images, for reverse mode: `jax.jvp` is refused by JAX. So is, where
+    layers have strides, the gradient over a mesh axis of explicit type.
 
   Raises:
     Exception: what `predict` raises for such images.
@@ -131,14 +132,33 @@ def _called(eqn):
   """The program of a call whose gradient is that of its program, else `None`."""
   name, params = eqn.primitive.name, eqn.params
   if name == "custom_vjp_call":
-    backward = getattr(params["bwd"], "f", params["bwd"])
-    return params["call_jaxpr"] if backward.__module__ in _LINEAR else None
+    program = params["call_jaxpr"]
+    return program if _is_product(program.jaxpr) else None
   return params[_CALLS[name]] if name in _CALLS else None
 
 
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
-# Where gradients of our own are those of the program, for speed alone.
-_LINEAR = ("jaxadv.models.convolution", "jaxadv.frozen_rules")
+
+
+def _is_product(jaxpr):
+  """Whether it is a convolution of our own, whose gradient is its own for speed alone.
+
+  Depthwise ones are sums of shifted images there, for which there is no rule.
+  """
+  source = jaxpr.debug_info.func_src_info
+  own = source.startswith(("_convolve at ", "_linear at ")) and "jaxadv" in source
+  return own and any(name in _PRODUCTS for name in _primitives(jaxpr))
+
+
+def _primitives(jaxpr):
+  """Names of the primitives, those of calls inside included."""
+  for eqn in jaxpr.eqns:
+    yield eqn.primitive.name
+    if eqn.primitive.name in _CALLS:
+      yield from _primitives(eqn.params[_CALLS[eqn.primitive.name]].jaxpr)
+
+
+_PRODUCTS = ("conv_general_dilated", "dot_general")
 
 
 def _is_known(eqn, inputs):

@@ -72,14 +72,15 @@ def watch(attack: Attack) -> Callable[..., tuple[AttackResult, Path]]:
 
   def run(key, predict, x, y):
     state, target = attack.init(key, predict, x, y)
+    followed = attack.followed(predict, x)
 
     def step(state, _):
-      moved, losses, gradient = follow(predict, x, target, state)
+      moved, losses, gradient = follow(followed, x, target, state)
       return moved, (losses, Path(state.delta, gradient))
 
     state, (losses, path) = jax.lax.scan(step, state, length=attack.num_steps)
     path = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), path)
-    return attack.finish(predict, x, target, state, losses), path
+    return attack.finish(predict, x, target, state, losses, followed), path
 
   return run
 

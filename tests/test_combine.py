@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadv import attacks, combine, losses, models
+from jaxadv import attacks, combine, losses, models, stability
 from jaxadv.types import AttackResult
 
 KEY = jax.random.key(0)
@@ -188,7 +188,11 @@ def test_bf16_in_a_host_loop_is_the_same():
   attack = combine.bf16(attacks.pgd(4 / 255, num_steps=3))
   compiled = jax.jit(lambda x, y: attack(jax.random.key(0), predict, x, y))(x, y)
   stepped = attack.run_stepwise(jax.random.key(0), predict, x, y)
-  np.testing.assert_allclose(stepped.losses, compiled.losses, rtol=0.01)
+  np.testing.assert_allclose(stepped.losses, compiled.losses, rtol=1e-4)
+  wide = attacks.pgd(4 / 255, num_steps=3).run_stepwise(
+    jax.random.key(0), predict, x, y
+  )
+  assert np.abs(stepped.losses / wide.losses - 1).max() > 1e-3
 
 
 def test_a_surrogate_gives_gradients_and_the_model_the_verdict():
@@ -202,6 +206,36 @@ def test_a_surrogate_gives_gradients_and_the_model_the_verdict():
   np.testing.assert_allclose(result.logits, predict(x), atol=1e-6)
   entropy = -jax.nn.log_softmax(other(x))[0, 0]
   np.testing.assert_allclose(result.losses[0], [entropy], rtol=1e-6)
+
+
+def _turned():
+  """An attack that walks the wrong way, as its surrogate does the opposite."""
+  attack = attacks.pgd(0.1, num_steps=4, random_start=False, keep="best")
+  return attack._replace(surrogate=lambda predict, x: lambda x: -0.1 * predict(x))
+
+
+def _linear(x):
+  return x @ jnp.array([[1.0, -1.0], [1.0, -1.0]])
+
+
+def test_the_surrogate_alone_chooses_the_point_that_is_kept():
+  """Its scores are smaller: beside one of the model's, the last point would not win."""
+  x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+  toward = _turned()._replace(surrogate=lambda predict, x: lambda x: 0.1 * predict(x))
+  for attack, delta in ((_turned(), 0.1), (toward, -0.1)):
+    result = attack(jax.random.key(0), _linear, x, y)
+    np.testing.assert_allclose(result.delta, [[delta, delta]], atol=1e-6)
+    np.testing.assert_allclose(result.logits, _linear(result.image), atol=1e-6)
+
+
+def test_what_is_made_of_an_attack_follows_its_surrogate():
+  x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+  run = lambda attack: attack(jax.random.key(0), _linear, x, y)
+  want = run(_turned()).delta
+  np.testing.assert_array_equal(run(combine.bf16(_turned())).delta, want)
+  np.testing.assert_array_equal(run(stability.watch(_turned()))[0].delta, want)
+  stepped = _turned().run_stepwise(jax.random.key(0), _linear, x, y)
+  np.testing.assert_array_equal(stepped.delta, want)
 
 
 def test_bf16_wants_an_attack():

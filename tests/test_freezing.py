@@ -15,6 +15,7 @@ from jax import lax
 
 import jaxadv
 from jaxadv import canonical, frozen_rules, models
+from jaxadv.models import convolution
 
 # Random networks: a layer is `(rng, image) -> image`, channels last. What it draws are
 # constants, as the parameters of a trained model are.
@@ -307,13 +308,14 @@ def test_what_has_a_gradient_of_its_own_keeps_it():
   assert not jax.grad(lambda x: frozen(x).sum())(jnp.zeros((1, 3))).any()
 
 
-@pytest.mark.parametrize("name", ["unet", "resnet", "vgg"])
+@pytest.mark.parametrize("name", ["unet", "resnet", "vgg", "efficientnet"])
 def test_our_own_models(name):
   x = jax.random.uniform(jax.random.key(0), (1, 32, 32, 3))
   model = {
     "unet": models.UNet(num_classes=2, width=4, depth=2, norm="batch"),
     "resnet": models.ResNet(num_classes=3, width=0.125),
     "vgg": models.VGG(num_classes=3, convolutions=(1,) * 5, width=0.125),
+    "efficientnet": models.EfficientNetLite0(num_classes=3, width=0.25),
   }[name]
   predict = _bound(model, x)
   got, want = jax.jit(jaxadv.freeze(predict, x))(x), jax.jit(predict)(x)
@@ -351,6 +353,29 @@ def test_bfloat16_reaches_what_was_frozen_before_and_what_is_in_a_scan(flax):
   model = lambda x: layers(predict(x))[0]
   twice = jaxadv.freeze(jaxadv.freeze(model, x), x, bf16=True)
   assert _products(twice, x) == {"bf16"}
+
+
+def test_bfloat16_reaches_our_convolutions_under_vmap(flax):
+  _, x = flax
+  model = models.UNet(num_classes=2, width=4, depth=2)
+  predict = _bound(model, x[:1])
+  alone = lambda x: jax.vmap(lambda image: predict(image[None])[0][0])(x)
+  assert _products(jaxadv.freeze(alone, x, bf16=True), x) == {"bf16"}
+
+
+def test_our_depthwise_convolutions_keep_their_gradient(flax):
+  """Their program is a sum of shifted images, whose own gradient is slow in a loop."""
+  kernel = jax.random.normal(jax.random.key(0), (3, 3, 1, 3))
+
+  def predict(x):
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 3}
+    return convolution.conv_general_dilated(x, kernel, (2, 2), "SAME", **layout)
+
+  _, x = flax
+  once = jaxadv.freeze(predict, x)
+  for frozen in (once, jaxadv.freeze(once, x), jaxadv.freeze(predict, x, bf16=True)):
+    assert "custom_vjp_call" in _primitives(frozen, x)
+  _check(predict, x, 1e-6)
 
 
 def test_bfloat16_leaves_other_types_alone():
