@@ -169,6 +169,7 @@ def gradient_attack(
   inputs.check_num_steps(num_steps)
   inputs.check_choice("keep", keep, ("last", "best", "smallest"))
   transform = optax.with_extra_args_support(transform)
+  start = functools.partial(stepping.start, threat, transform)
   remember = functools.partial(stepping.remember, keep)
   evaluate = functools.partial(_evaluate, objective, threat, num_steps)
   advance = functools.partial(_advance, objective, threat, transform)
@@ -177,10 +178,8 @@ def gradient_attack(
     inputs.check_batch(x, y, threat.bounds)
     target = jax.lax.stop_gradient(objective.prepare(predict, x, y))
     stepping.check_target(predict, x, target)
-    start = functools.partial(
-      stepping.start, threat, transform, random_start=random_start
-    )
-    return jax.vmap(start)(example_keys(key, x.shape[0]), x), target
+    each = functools.partial(start, random_start=random_start)
+    return jax.vmap(each)(example_keys(key, x.shape[0]), x), target
 
   def follow(predict, x, target, state):
     loss_at = functools.partial(evaluate, predict, x, target, state)
