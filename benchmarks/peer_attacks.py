@@ -4,6 +4,7 @@ A call takes `steps` gradient steps and judges the attacked images once: librari
 do not judge by themselves are followed by one forward pass, and `bare` has one too.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import peer_networks
 import jaxadv
 from jaxadv import attacks, combine, types
 
-__all__ = ["CLASSES", "MASKS", "Program", "compiled", "radii"]
+__all__ = ["CLASSES", "MASKS", "Program", "compiled", "radii", "traced"]
 
 EPS, STEP = 8 / 255, 2 / 255
 
@@ -151,6 +152,20 @@ def compiled(networks: Any, form: str, steps: int, make: Callable | None = None)
   return jax.jit(
     lambda key, x, y: (attack(key, predict, x, y).logits.argmax(-1) != clean).mean()
   )
+
+
+def traced(networks: Any, form: str, steps: int) -> Any:
+  """PGD, traced and not yet compiled; `arguments` does not hold the weights itself."""
+  key, x, y = jax.random.key(0), jnp.asarray(networks.x), jnp.asarray(networks.y)
+  if form != "arguments":
+    return compiled(networks, form, steps).lower(key, x, y)
+
+  @jax.jit
+  def run(variables, key, x, y):
+    predict = functools.partial(networks.apply, variables)
+    return (_attack(steps)(key, predict, x, y).logits.argmax(-1) != y).mean()
+
+  return run.lower(networks.variables, key, x, y)
 
 
 def _attack(steps, eps=EPS):

@@ -59,6 +59,8 @@ class Networks(NamedTuple):
   Attributes:
     ours: images `(B, H, W, 3)` to logits `(B, K)`; per pixel for masks.
     flax: the same on the convolutions and pools of Flax.
+    variables: of ours.
+    apply: variables and images to logits, which `ours` has its variables bound in.
     theirs: makes the PyTorch module, or raises ImportError.
     x: images.
     y: decisions on them.
@@ -66,6 +68,8 @@ class Networks(NamedTuple):
 
   ours: Callable[[jax.Array], Any]
   flax: Callable[[jax.Array], Any]
+  variables: Any
+  apply: Callable[[Any, jax.Array], Any]
   theirs: Callable[[], Any]
   x: np.ndarray
   y: np.ndarray
@@ -85,9 +89,12 @@ def build(name: str, *, side: int, batch: int, masks: bool = False) -> Networks:
     model, variables, theirs = _classifier(name, x)
     forward, whole = once(model.apply), lambda out: out[0]
   out = whole(forward(variables, x))
+  apply = lambda variables, x: whole(model.apply(variables, x))
   return Networks(
-    lambda x: whole(model.apply(variables, x)),
+    functools.partial(apply, variables),
     lambda x: whole(loop.OnFlax(model).apply(variables, x)),
+    variables,
+    apply,
     theirs,
     x,
     np.asarray((out[0] if masks else out).argmax(-1)),

@@ -226,12 +226,10 @@ def probe(name: str, cache: str) -> dict[str, dict[str, float]]:
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   work = (WORKS | TINY)[name]
   networks = peer_networks.build(work.network, side=work.side, batch=work.batch)
-  x, y = jnp.asarray(networks.x), jnp.asarray(networks.y)
   found = {}
-  for form in ("plain", "frozen"):
+  for form in ("arguments", "plain", "frozen"):
     start = time.process_time()
-    run = peer_attacks.compiled(networks, form, 40)
-    lowered = run.lower(jax.random.key(0), x, y)
+    lowered = peer_attacks.traced(networks, form, 40)
     traced = time.process_time()
     lowered.compile()
     found[form] = {"trace_s": traced - start, "compile_s": time.process_time() - traced}

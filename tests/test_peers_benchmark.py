@@ -86,7 +86,7 @@ def test_another_network_is_refused(peers):
 def test_eight_radii_are_one_compilation(peers):
   predict = lambda x: (x - 0.2).mean((1, 2)) @ jnp.array([[1.0, -1.0]] * 2)
   x, y = np.full((3, 4, 4, 2), 0.5, np.float32), np.zeros(3, int)
-  networks = peers.peer_networks.Networks(predict, predict, None, x, y)
+  networks = peers.peer_networks.Networks(predict, predict, None, None, None, x, y)
   run, traces = peers.peer_attacks.radii(networks, 200)
   fooled = [float(run(radius / 8)) for radius in range(8)]
   assert fooled == [0, 0, 0, 1, 1, 1, 1, 1]
