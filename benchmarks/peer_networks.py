@@ -159,6 +159,9 @@ def _torchvision_network(name, options, side):
   if name.startswith("vgg"):  # the head of transfer learning, which ours has
     network.avgpool = torch.nn.AdaptiveAvgPool2d(1)
     network.classifier = torch.nn.Linear(512, CLASSES)
+    for layer in network.features:  # a norm follows, and ours have none before it
+      if isinstance(layer, torch.nn.Conv2d):
+        layer.bias = None
   norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
   for norm in norms:
     norm.momentum = None  # the statistics are those of the one batch below
