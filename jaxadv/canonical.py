@@ -1,96 +1,39 @@
-"""A convolution and its transpose, both as ordinary convolutions.
+"""The transpose of a convolution, as ordinary convolutions.
 
-    y = A x      y[q, f] = sum_{t, c} K[t, c, f] x[s q + d t - p, c]
-    x = A' y     the gradient of `A` with respect to the image
+    x = A' y     the gradient of the convolution `A` with respect to its image
 
-for kernel `K`, stride `s`, dilation `d` and padding `p`. XLA for CPU brings
-convolutions into their fast form only in the entry computation of a program, and what
-autodiff or `lax.conv_transpose` emit is not in that form: inside `scan`, `fori_loop` or
-`while_loop` it runs 5 to 11 times slower than outside. Here `A'` is written as
-convolutions in the fast form from the start, one per phase of the stride, so no zeros
-are multiplied.
+See `convolving` for `A`: kernel `K`, stride `s`, dilation `d`, padding `p`. XLA for CPU
+brings convolutions into their fast form only in the entry computation of a program, and
+what autodiff or `lax.conv_transpose` emit is not in that form: inside `scan`,
+`fori_loop` or `while_loop` it runs 5 to 11 times slower than outside. Here `A'` is
+written as convolutions in the fast form from the start, one per phase of the stride, so
+that no zeros are multiplied.
 
 Arrays are `(B, ..., C)`, channels last, with one to three spatial axes.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxadv import patches
+from jaxadv import convolving, patches
+from jaxadv.convolving import Spec
 
-__all__ = ["Spec", "apply", "depth_to_space", "layouts", "transpose", "turned"]
-
-
-class Spec(NamedTuple):
-  """What is static about one convolution; one number per spatial axis.
-
-  Attributes:
-    strides: steps between windows.
-    pads: pixels before and after.
-    dilation: steps between the taps of a window.
-    groups: of channels that do not see each other.
-    precision: as in `lax`.
-  """
-
-  strides: tuple[int, ...]
-  pads: patches.Pads
-  dilation: tuple[int, ...]
-  groups: int = 1
-  precision: Any = None
-
-
-def apply(image: jax.Array, kernel: jax.Array, spec: Spec) -> jax.Array:
-  """The convolution, in the way that is fastest on CPU.
-
-  One-pixel kernels, and maps with fewer pixels than the kernel has taps, are matrix
-  products; depthwise convolutions, which have no fast form at all, are sums of shifted
-  images, 20 to 80 times faster.
-
-  Args:
-    image: `(B, ..., C)`.
-    kernel: `(..., C / groups, F)`.
-    spec: of the convolution.
-
-  Returns:
-    `(B, ..., F)`.
-
-  Example:
-    >>> image, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
-    >>> apply(image, kernel, Spec((2, 2), ((0, 1), (0, 1)), (1, 1))).shape
-    (1, 4, 4, 4)
-  """
-  window = kernel.shape[:-2]
-  if 1 < spec.groups == image.shape[-1] == kernel.shape[-1]:
-    return _shifted_sum(image, kernel, spec)
-  # XLA swaps map and kernel where the kernel is larger, and ends in a scalar loop
-  tiny = math.prod(image.shape[1:-1]) < math.prod(window)
-  if spec.groups == 1 and (tiny or math.prod(window) == 1):
-    return _matmul(image, kernel, spec)
-  return lax.conv_general_dilated(
-    image,
-    kernel,
-    spec.strides,
-    spec.pads,
-    rhs_dilation=spec.dilation,
-    dimension_numbers=patches.layout(image.ndim),
-    feature_group_count=spec.groups,
-    precision=spec.precision,
-  )
+__all__ = ["depth_to_space", "layouts", "transpose", "turned"]
 
 
 def layouts(kernel: jax.Array, spec: Spec) -> list[jax.Array]:
   """The kernels of the transpose, laid out: flipped and with channels swapped.
 
-  Along an axis, row `i = s q + r - p` of the image met tap `r + s m` in output row
-  `q - m`; so phase `r` convolves the cotangent with the taps `r, r + s, ...` flipped.
-  Phases with as many taps share one convolution.
+  Along an axis, tap `t` of the kernel brought row `i = s j + r` of the image to row
+  `(i + p - t) / s` of the result. So phase `r` convolves the cotangent with every `s`th
+  tap, flipped. With `(-p) mod s` zeros before its first tap, and zeros after its last,
+  the kernel has as many taps in each phase, and one convolution makes them all; so it
+  is done where it costs no zeros or the image has few channels.
 
   Args:
     kernel: `(..., C / groups, F)`.
@@ -102,18 +45,23 @@ def layouts(kernel: jax.Array, spec: Spec) -> list[jax.Array]:
   Example:
     >>> kernel, pads = jnp.ones((3, 3, 8, 4)), ((1, 1),) * 2
     >>> [k.shape for k in layouts(kernel, Spec((2, 2), pads, (1, 1)))]
-    [(2, 2, 4, 8), (2, 1, 4, 8), (1, 2, 4, 8), (1, 1, 4, 8)]
-    >>> [k.shape for k in layouts(kernel, Spec((3, 3), pads, (1, 1)))]
+    [(1, 1, 4, 8), (1, 2, 4, 8), (2, 1, 4, 8), (2, 2, 4, 8)]
+    >>> [k.shape for k in layouts(kernel, Spec((3, 3), ((0, 0),) * 2, (1, 1)))]
     [(1, 1, 4, 72)]
   """
-  nothing = (None,) * len(spec.strides)
-  steps = spec.strides if _splits(spec) else nothing
+  if not _splits(spec):
+    return [turned(kernel, spec.groups)]
+  full, lows = _filled(kernel, spec), [low for low, _ in spec.pads]
+  *window, own, features = full.shape
+  thin = full.size < 2 * kernel.size and convolving.is_thin((*window, features, own))
+  together = spec.groups == 1 and (full.size == kernel.size or thin)
+  if together:
+    kernel, lows = full, [0] * len(lows)
   parts = [
-    turned(kernel[tuple(map(slice, phase, nothing, steps))], spec.groups)
-    for phase in _phases(spec)
+    turned(kernel[_every(phase, lows, spec.strides)], spec.groups)
+    for phase in itertools.product(*map(range, spec.strides))
   ]
-  alike = len({part.shape for part in parts}) == 1 and spec.groups == 1
-  return [jnp.concatenate(parts, -1)] if alike else parts
+  return [jnp.concatenate(parts, -1)] if together else parts
 
 
 def transpose(
@@ -122,7 +70,7 @@ def transpose(
   spec: Spec,
   sides: Sequence[int],
 ) -> jax.Array:
-  """The transpose of `apply` in its image.
+  """The transpose of `convolving.apply` in its image.
 
   Args:
     cotangent: `(B, ..., F)`, of the output.
@@ -140,13 +88,17 @@ def transpose(
   """
   if not _splits(spec):
     return _spread(cotangent, kernels[0], spec, sides)
-  parts = [_phase(cotangent, kernel, spec, sides) for kernel in kernels]
+  phases = list(itertools.product(*map(range, spec.strides)))
+  if len(kernels) < len(phases):  # all in one, which reaches as far as the last
+    phases = phases[-1:]
+  parts = [
+    _phase(cotangent, kernel, phase, spec, sides)
+    for phase, kernel in zip(phases, kernels, strict=True)
+  ]
   if math.prod(spec.strides) == 1:
     return parts[0]
   mixed = depth_to_space(jnp.concatenate(parts, -1), spec.strides)
-  axes = zip(spec.strides, spec.pads, sides, strict=True)
-  kept = (slice(low % s, low % s + n) for s, (low, _), n in axes)
-  return mixed[(slice(None), *kept)]
+  return mixed[(slice(None), *map(slice, sides))]
 
 
 def turned(kernel: jax.Array, groups: int) -> jax.Array:
@@ -200,23 +152,32 @@ def _splits(spec):
   return all(d == 1 or s == 1 for d, s in zip(spec.dilation, spec.strides, strict=True))
 
 
-def _phases(spec):
-  return itertools.product(*map(range, spec.strides if _splits(spec) else ()))
+def _filled(kernel, spec):
+  """With zeros before the first and after the last taps: as many in each phase."""
+  axes = zip(kernel.shape[:-2], spec.strides, spec.pads, strict=True)
+  edges = [(-low % s, -(-low % s + n) % s) for n, s, (low, _) in axes]
+  return jnp.pad(kernel, [*edges, (0, 0), (0, 0)])
 
 
-def _phase(cotangent, kernel, spec, sides):
-  """The rows of one phase, or of all that have as many taps."""
+def _every(phase, pads, strides):
+  """The taps of a phase."""
+  axes = zip(phase, pads, strides, strict=True)
+  return tuple(slice((r + low) % s, None, s) for r, low, s in axes)
+
+
+def _phase(cotangent, kernel, phase, spec, sides):
+  """The rows of one phase; those beyond the image are cut off later."""
   pads, rows = [], []
-  for axis, (stride, (low, _), d) in enumerate(zip(*spec[:3], strict=True)):
-    first = low // stride
-    count = -(-(low % stride + sides[axis]) // stride)
+  for axis, (r, stride, (low, _), d) in enumerate(zip(phase, *spec[:3], strict=True)):
+    ahead, count = (r + low) // stride, -(-sides[axis] // stride)
     reach = (kernel.shape[axis] - 1) * d
-    pads.append((reach - first, first + count - cotangent.shape[1 + axis]))
+    pads.append((reach - ahead, count + ahead - cotangent.shape[1 + axis]))
     rows.append(count)
   if 0 in kernel.shape:
     return jnp.zeros((len(cotangent), *rows, kernel.shape[-1]), cotangent.dtype)
   ones = (1,) * len(pads)
-  return apply(cotangent, kernel, spec._replace(strides=ones, pads=tuple(pads)))
+  one = spec._replace(strides=ones, pads=tuple(pads))
+  return convolving.apply(cotangent, kernel, one)
 
 
 def _spread(cotangent, kernel, spec, sides):
@@ -236,26 +197,4 @@ def _spread(cotangent, kernel, spec, sides):
     dimension_numbers=patches.layout(cotangent.ndim),
     feature_group_count=spec.groups,
     precision=spec.precision,
-  )
-
-
-def _matmul(image, kernel, spec):
-  """The convolution as one product of shifted images and the kernel."""
-  columns = _columns(image, kernel, spec)
-  matrix = kernel.reshape(-1, kernel.shape[-1])
-  return jnp.dot(jnp.concatenate(columns, -1), matrix, precision=spec.precision)
-
-
-def _shifted_sum(image, kernel, spec):
-  """The depthwise convolution, summed in float32 at least."""
-  wide = jnp.promote_types(image.dtype, jnp.float32)
-  columns = _columns(image, kernel, spec)
-  taps = kernel.reshape(-1, *(1,) * (image.ndim - 1), kernel.shape[-1]).astype(wide)
-  products = [c.astype(wide) * tap for c, tap in zip(columns, taps, strict=True)]
-  return functools.reduce(jnp.add, products).astype(image.dtype)
-
-
-def _columns(image, kernel, spec):
-  return patches.columns(
-    image, kernel.shape[:-2], spec.strides, spec.pads, dilation=spec.dilation
   )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import canonical, pooling
+from jaxadv import canonical, convolving, few_rows, pooling
 from jaxadv.folding import Step, Unknown
 
 __all__ = ["RULES", "Rule"]
@@ -39,11 +39,16 @@ def convolution(step):
   out, own, given = numbers.rhs_spec[0], numbers.rhs_spec[1], numbers.rhs_spec[2:]
   kernel = jnp.transpose(kernel, (*given, own, out))
   how, weights = (_transposed if spread else _plain)(step, kernel)
+  pixels = size // kernel.shape[-1]
+  if not spread and how.spec.groups == 1 and few_rows.pays(pixels, kernel.size):
+    linear = _product_of_seen(kernel, how.spec)
+  else:
+    linear = lambda image: _linear(image, weights, how)
   before = _last(numbers.lhs_spec)
   after = tuple(sorted(range(kernel.ndim), key=_last(numbers.out_spec).__getitem__))
 
   def call(image, _):
-    found = _linear(jnp.transpose(image, before), weights, how)
+    found = linear(jnp.transpose(image, before))
     return [jnp.transpose(found, after)]
 
   return call
@@ -52,14 +57,14 @@ def convolution(step):
 class _How(NamedTuple):
   """What is static about a convolution: its sides, and whether it is the transpose."""
 
-  spec: canonical.Spec
+  spec: convolving.Spec
   sides: tuple[int, ...]
   transposed: bool
 
 
 def _plain(step, kernel):
   params = step.params
-  spec = canonical.Spec(
+  spec = convolving.Spec(
     params["window_strides"],
     params["padding"],
     params["rhs_dilation"],
@@ -82,7 +87,7 @@ def _transposed(step, kernel):
     (far - low, far - high)
     for far, (low, high) in zip(reach, params["padding"], strict=True)
   )
-  spec = canonical.Spec(
+  spec = convolving.Spec(
     params["lhs_dilation"], pads, dilation, groups, params["precision"]
   )
   turned = canonical.turned(kernel, groups)
@@ -97,12 +102,31 @@ def _last(numbers):
   return (numbers[0], *numbers[2:], numbers[1])
 
 
+def _product_of_seen(kernel, spec):
+  """Of all that windows see, of few pixels, and the kernel."""
+  times = _few_rows_times(kernel.reshape(-1, kernel.shape[-1]), spec.precision)
+  return lambda image: times(convolving.all_seen(image, kernel.shape[:-2], spec))
+
+
+def _few_rows_times(matrix, precision):
+  matrices = matrix, _copied(matrix)
+
+  def call(x):
+    found = few_rows.times(x.reshape(-1, len(matrix)), matrices, precision)
+    return found.reshape(*x.shape[:-1], -1)
+
+  return call
+
+
+_copied = jax.jit(jnp.transpose)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(image, weights, how):
   kernel, kernels = weights
   if how.transposed:
     return canonical.transpose(image, kernels, how.spec, how.sides)
-  return canonical.apply(image, kernel, how.spec)
+  return convolving.apply(image, kernel, how.spec)
 
 
 def _linear_forward(image, weights, how):
@@ -115,6 +139,24 @@ def _linear_backward(how, weights, cotangent):
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+def product(step):
+  """Of few rows and a large matrix."""
+  params, (rows, matrix), (out,) = step.params, step.inputs, step.outputs
+  if isinstance(matrix, Unknown) or jnp.ndim(matrix) != 2:
+    return None
+  (last, (axis,)), batched = params["dimension_numbers"]
+  matrix = matrix.T if axis else matrix
+  if (
+    last != (rows.aval.ndim - 1,)
+    or any(batched)
+    or {jnp.result_type(matrix), rows.aval.dtype} != {out.aval.dtype}
+    or not few_rows.pays(out.aval.size // matrix.shape[1], matrix.size)
+  ):
+    return None
+  times = _few_rows_times(matrix, params["precision"])
+  return lambda x, _: [times(x)]
 
 
 def max_pool(step):
@@ -156,6 +198,7 @@ def _windows(step, pool):
 
 RULES: Mapping[str, Rule] = {
   "conv_general_dilated": convolution,
+  "dot_general": product,
   "reduce_window_max": max_pool,
   "reduce_window_sum": sum_pool,
 }

@@ -27,10 +27,10 @@ PADDINGS = {
 }
 
 
-def _arrays(rank, side, window, dtype=np.float64):
+def _arrays(rank, side, window, dtype=np.float64, channels=(3, 2)):
   rng = np.random.default_rng(rank + side + window)
-  image = rng.normal(size=(2, *(side + k for k in range(rank)), 3))
-  kernel = rng.normal(size=(window,) * rank + (3, 2)) / window**rank
+  image = rng.normal(size=(2, *(side + k for k in range(rank)), channels[0]))
+  kernel = rng.normal(size=(window,) * rank + channels) / window**rank
   return jnp.asarray(image, dtype), jnp.asarray(kernel, dtype)
 
 
@@ -47,12 +47,7 @@ def _results(conv, image, kernel, stride, padding):
   return out, *pull(jnp.asarray(cotangent, out.dtype))
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_gradients_are_those_of_autodiff_in_float64(rank, padding):
-  padding = PADDINGS[padding](rank)
-  cases = [case for case in CASES if padding != "VALID" or case[0] >= case[1]]
-
+def _check_in_float64(rank, padding, cases, channels=(3, 2)):
   @functools.partial(jax.jit, static_argnums=0)
   def all_results(conv, arrays):
     strides = [stride for _, _, stride in cases]
@@ -62,11 +57,68 @@ def test_gradients_are_those_of_autodiff_in_float64(rank, padding):
     ]
 
   with helpers.x64():
-    arrays = [_arrays(rank, *case[:2]) for case in cases]
+    arrays = [_arrays(rank, *case[:2], channels=channels) for case in cases]
     got = all_results(convolution.conv_general_dilated, arrays)
     want = all_results(lax.conv_general_dilated, arrays)
   assert got[0][0].dtype == np.float64
   helpers.assert_trees_close(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_gradients_are_those_of_autodiff_in_float64(rank, padding):
+  padding = PADDINGS[padding](rank)
+  cases = [case for case in CASES if padding != "VALID" or case[0] >= case[1]]
+  _check_in_float64(rank, padding, cases)
+
+
+# what becomes a product of pixels, has four channels instead of three, is in phases
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("channels", [(3, 64), (3, 24), (8, 8)])
+def test_stems_and_layers_of_larger_images(channels, padding):
+  cases = [(16, 7, 2), (18, 3, 2), (17, 4, 3), (24, 4, 2), (16, 3, 3), (16, 3, 1)]
+  _check_in_float64(2, PADDINGS[padding](2), cases, channels)
+
+
+def _program(channels, side, window, stride, batch=2):
+  """Convolutions and products of a layer and its input gradient."""
+  image = jnp.zeros((batch, side, side, channels[0]))
+  kernel = jnp.zeros((window, window, *channels))
+  layout, strides = LAYOUTS[2], (stride, stride)
+  apply = functools.partial(
+    convolution.conv_general_dilated, dimension_numbers=layout, padding="SAME"
+  )
+  gradient = jax.grad(lambda x, kernel: (apply(x, kernel, strides) ** 2).sum())
+  text = jax.jit(gradient).lower(image, kernel).compile().as_text()
+  return [text.count(f" {name}(") for name in ("convolution", "dot")]
+
+
+@pytest.mark.parametrize(
+  ("case", "found"),
+  [
+    (((3, 64), 32, 7, 2), [1, 1]),  # behind a stem, one product for all phases
+    (((16, 64), 32, 7, 2), [5, 0]),  # a convolution per phase
+    (((8, 64), 32, 2, 2), [1, 1]),  # one pixel to one window
+    (((64, 64), 5, 3, 1), [0, 2]),  # few pixels
+    (((64, 64), 6, 3, 1), [2, 0]),
+    (((64, 64), 4, 3, 2, 99), [3, 2]),  # fewer than taps, but for the phases
+  ],
+)
+def test_which_layers_are_products(case, found):
+  assert _program(*case) == found
+
+
+@pytest.mark.parametrize(("features", "channels"), [(16, 3), (24, 4), (32, 4), (33, 3)])
+def test_three_channels_are_four_where_xla_is_slow(features, channels):
+  kernel = jnp.zeros((3, 3, 3, features))
+  apply = functools.partial(
+    convolution.conv_general_dilated, padding="SAME", dimension_numbers=LAYOUTS[2]
+  )
+  text = str(
+    jax.make_jaxpr(lambda x: apply(x, kernel, (1, 1)))(jnp.zeros((1, 9, 9, 3)))
+  )
+  assert f"f32[1,9,9,{channels}]" in text
+  assert f"f32[3,3,{channels},{features}]" in text
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,47 @@ def test_no_gradient_scatters_or_reverses_inside_a_loop(flax):
   assert not re.findall(slow, frozen)
 
 
+class Deep(nn.Module):
+  """A map of few pixels and large kernels."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(64, (3, 3), strides=2)(x))
+    x = nn.relu(nn.Conv(128, (3, 3), strides=(2, 1))(x))
+    return nn.Dense(600)(x).max((1, 2))
+
+
+@pytest.mark.parametrize(("batch", "products"), [(1, 0), (4, 4), (9, 0)])
+def test_few_rows_become_the_right_factor_of_a_product(batch, products):
+  """Of a convolution, a dense layer and their gradients; 8 and 72 pixels do not."""
+  model = Deep()
+  x = jax.random.normal(jax.random.key(0), (batch, 8, 8, 3))
+  variables = model.init(jax.random.key(1), x)
+  predict = lambda x: model.apply(variables, x)
+  _check(predict, x, 1e-4)
+  frozen = jaxadv.freeze(predict, x)
+  loss = lambda x: (frozen(x) ** 2).sum()
+  assert str(jax.make_jaxpr(jax.grad(loss))(x)).count("optimization_barrier") == (
+    2 * products
+  )
+  one_by_one = jax.vmap(jax.grad(lambda x: (frozen(x[None]) ** 2).sum()))(x)
+  np.testing.assert_allclose(one_by_one, jax.grad(loss)(x), atol=1e-3)
+
+
+def test_products_of_few_rows_have_second_derivatives():
+  rng = np.random.default_rng(0)
+  matrix = jnp.asarray(rng.normal(size=(300, 300)) / 17)
+  frozen = jaxadv.freeze(lambda x: jnp.tanh(x @ matrix), jnp.ones((32, 300)))
+  x = jnp.asarray(rng.normal(size=(32, 300)))
+
+  def curvature(predict):
+    slope = lambda x: (jax.grad(lambda x: predict(x).sum())(x) ** 2).sum()
+    return jax.grad(slope)(x)
+
+  want = curvature(lambda x: jnp.tanh(x @ matrix))
+  np.testing.assert_allclose(curvature(frozen), want, atol=1e-4)
+
+
 def test_an_attack_finds_what_it_finds_on_the_plain_model(flax):
   predict, x = flax
   attack = jaxadv.attacks.pgd(8 / 255, num_steps=5)

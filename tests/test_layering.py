@@ -39,10 +39,12 @@ ALLOWED = {
   "engine": {"types", "inputs", "stepping", "reduction"},
   "reduction": set(),
   "patches": set(),
-  "canonical": {"patches"},
+  "convolving": {"patches"},
+  "few_rows": set(),
+  "canonical": {"convolving", "patches"},
   "pooling": {"patches"},
   "folding": set(),
-  "frozen_rules": {"folding", "canonical", "pooling"},
+  "frozen_rules": {"folding", "canonical", "convolving", "few_rows", "pooling"},
   "narrowing": {"folding"},
   "freezing": {"folding", "frozen_rules", "narrowing"},
   # and this no concrete attack
@@ -69,7 +71,7 @@ ALLOWED = {
   "outcomes": set(),
   "scores": set(),
   "checks": GROUND | {"types"},
-  "models": {"models", "patches", "canonical", "pooling"},
+  "models": {"models", "patches", "canonical", "convolving", "pooling"},
   **dict.fromkeys(SIDE, SIDE),
 }
 LIBRARY = {*ALLOWED, "jaxadv"}  # `import jaxadv` reads the version

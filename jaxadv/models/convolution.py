@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxadv import canonical, patches
+from jaxadv import canonical, convolving, patches
 from jaxadv.models import weight_gradient
 
 __all__ = ["conv_general_dilated"]
@@ -86,7 +86,7 @@ def conv_general_dilated(
   reach = [(n - 1) * d + 1 for n, d in zip(rhs.shape[:-2], dilation, strict=True)]
   strides = tuple(window_strides)
   pads = patches.pads(lhs.shape[1:-1], reach, strides, padding)
-  spec = canonical.Spec(strides, pads, dilation, feature_group_count, precision)
+  spec = convolving.Spec(strides, pads, dilation, feature_group_count, precision)
   return _convolve(lhs, rhs, spec, weight_gradient.enabled())
 
 
@@ -102,7 +102,7 @@ def _fits(lhs, rhs, dimension_numbers, groups):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(image, kernel, spec, own_weight_gradient):
   del own_weight_gradient
-  return canonical.apply(image, kernel, spec)
+  return convolving.apply(image, kernel, spec)
 
 
 def _convolve_forward(image, kernel, spec, own_weight_gradient):
@@ -125,7 +125,7 @@ def _kernel_gradient(spec, own, image, kernel, cotangent):
     way = weight_gradient.way(image, kernel, cotangent)
     shapes = weight_gradient.Shapes(spec.strides, spec.pads, spec.precision)
     return weight_gradient.gradient(way, image, kernel, cotangent, shapes=shapes)
-  linear = lambda kernel: canonical.apply(image, kernel, spec)
+  linear = lambda kernel: convolving.apply(image, kernel, spec)
   return jax.linear_transpose(linear, jax.typeof(kernel))(cotangent)[0]
 
 
