@@ -87,7 +87,7 @@ print(json.dumps([done, os.environ["XLA_FLAGS"]]))
   ],
 )
 def test_what_the_user_set_stays(given, added):
-  (version, measured, flags), environment = told(IMPORTS + CONFIGURE, flags=given)
+  (version, measured, flags, _), environment = told(IMPORTS + CONFIGURE, flags=given)
   assert (version, measured, flags) == (jaxlib.__version__, True, added)
   assert environment.split() == given.split() + added
 
@@ -99,7 +99,7 @@ def test_xla_reads_the_flags():
 
 def test_the_flags_of_this_version_are_known_to_it():
   code = IMPORTS + "done = jaxadv.configure_cpu(); jax.jit(abs)(-1.0)\n"
-  version, measured, flags = told(code + "print(json.dumps(done))")
+  version, measured, flags, _ = told(code + "print(json.dumps(done))")
   assert version == jaxlib.__version__
   expected = compiling._flags_of(version, platform.machine())
   assert (tuple(flags), measured) == (expected or (), expected is not None)
@@ -119,8 +119,9 @@ def test_what_was_not_measured_gets_no_flags(version, machine, monkeypatch):
   monkeypatch.setattr(platform, "machine", lambda: machine)
   monkeypatch.setattr(compiling, "_has_started", lambda: False)
   monkeypatch.setattr(jaxlib, "__version__", version)
+  monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))  # of this very process
   before = dict(os.environ)
-  assert compiling.configure_cpu() == (version, False, ())
+  assert compiling.configure_cpu() == (version, False, (), False)
   assert os.environ == before
 
 
@@ -135,6 +136,24 @@ def test_it_is_too_late_once_jax_has_started(monkeypatch):
   with pytest.raises(compiling.FlagsError, match=r"is the file 'flags\.txt'; write"):
     compiling.configure_cpu()
   assert os.environ["XLA_FLAGS"] == "flags.txt"
+
+
+FAULTS = """
+import resource, jax.numpy as jnp
+double, x, faults = jax.jit(lambda x: 2 * x), jnp.zeros(2**24), []
+for _ in range(8):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  double(x).block_until_ready()
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps(min(faults)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_program_gets_its_memory_back_without_page_faults():
+  pages = 2**24 * 4 // 4096
+  assert told(IMPORTS + "jaxadv.configure_cpu()" + FAULTS) < pages / 16
+  assert told(IMPORTS + FAULTS) >= pages  # what it is for
 
 
 def files(folder):
