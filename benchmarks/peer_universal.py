@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import peer_networks
 
+import jaxadv
 from jaxadv import attacks, data, loops, models
 
 __all__ = ["measure"]
@@ -121,7 +122,8 @@ def _ours(victim, judge, target):
     attack = attacks.universal(EPS, num_steps=STEPS)
   else:
     attack = attacks.targeted_universal(EPS, target=target, num_steps=STEPS)
-  step = jax.jit(functools.partial(attack.step, victim.predict))
+  predict = jaxadv.freeze(victim.predict, jnp.asarray(victim.x[:BATCH]))
+  step = jax.jit(functools.partial(attack.step, predict))
   state = attack.init(jax.random.key(0), jnp.asarray(victim.x[0]))
   seconds, reached, clock = [], None, [time.process_time()]
 

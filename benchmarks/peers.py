@@ -6,7 +6,9 @@
 Per work, every program attacks the same images of the same network with the same
 weights, which is checked; `peer_attacks` says what a call is. The process is pinned to
 one core and PyTorch to one thread, the programs take turns, and CPU time is measured:
-medians, quartiles, ratios of medians, and medians of the ratios within a turn. A
+medians, quartiles, ratios of medians, and medians of the ratios within a turn. The
+process is as `jaxadv.configure_cpu` sets it, its memory for all libraries; `--as-it-is`
+leaves that out. A
 library that cannot be run is listed with its error. The JSON is written after every
 work, what it holds already is not measured again, and a plot lies beside it.
 
@@ -42,7 +44,7 @@ import peer_networks
 import peer_report
 import peer_universal
 
-from jaxadv import records, types
+from jaxadv import compiling, records, types
 
 
 class Work(NamedTuple):
@@ -241,8 +243,8 @@ def probe(name: str, cache: str) -> dict[str, dict[str, float]]:
   return found
 
 
-def settings() -> dict[str, Any]:
-  """What times depend on beside the work."""
+def settings(configured: compiling.CpuFlags | None = None) -> dict[str, Any]:
+  """What times depend on beside the work; of `configure_cpu`, what it did."""
   packages = ("jax", "jaxlib", "flax", "numpy", "torch", "torchvision", "torchattacks")
   packages += ("foolbox", "adversarial-robustness-toolbox", "adv-lib")
   versions = {"python": sys.version.partition(" ")[0]}
@@ -252,7 +254,9 @@ def settings() -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
       versions[package] = "not installed"
   flags = os.environ.get("XLA_FLAGS", "")
-  return {"versions": versions, "xla_flags": flags, "cores": os.cpu_count()}
+  kept = bool(configured and configured.keeps_memory)
+  about = {"versions": versions, "xla_flags": flags, "keeps_memory": kept}
+  return {**about, "cores": os.cpu_count()}
 
 
 def _arguments():
@@ -264,6 +268,7 @@ def _arguments():
   parser.add_argument("--steps", type=int, help="of one call, for all works")
   parser.add_argument("--cap", type=float, default=15, help="CPU seconds of a program")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("peers.json"))
+  parser.add_argument("--as-it-is", action="store_true", help="no `configure_cpu`")
   parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)
   return parser.parse_args()
 
@@ -271,10 +276,11 @@ def _arguments():
 def main():
   warnings.simplefilter("ignore")
   options = _arguments()
+  configured = None if options.as_it_is else compiling.configure_cpu()
   if options.probe:
     print(json.dumps(probe(*options.probe)))
     return
-  report = {"settings": settings(), "rows": {}}
+  report = {"settings": settings(configured), "rows": {}}
   if options.out.exists():
     stored = json.loads(options.out.read_text())
     if stored["settings"] != report["settings"]:
