@@ -9,16 +9,14 @@ def markdown(report: dict[str, Any]) -> str:
   """Tables of times and ratios, universal perturbations, compiling, and the targets."""
   settings, rows = report["settings"], report["rows"]
   versions = ", ".join(f"{name} {v}" for name, v in settings["versions"].items())
-  peak = ", ".join(f"{name} {value:.0f}" for name, value in report["peak"].items())
   kept = "kept" if settings["keeps_memory"] else "given back"
   text = [
     f"{versions}; XLA_FLAGS {settings['xla_flags'] or 'not set'!r}; memory {kept}."
   ]
-  text.append(f"GFLOP/s of a float32 matrix product of side 2048: {peak}.")
   for kind in ("classes", "masks"):
     chosen = {name: row for name, row in rows.items() if row.get("kind") == kind}
     if chosen:
-      text += [_times(chosen, report), _errors(chosen)]
+      text += [_times(chosen), _errors(chosen)]
   for name, table in (("compile", _compile), ("universal", _universal)):
     if name in rows:
       text.append(table(rows[name]))
@@ -26,24 +24,25 @@ def markdown(report: dict[str, Any]) -> str:
   return "\n\n".join(part for part in text if part)
 
 
-def _times(rows, report):
+def _times(rows):
   """CPU ms per step and quartiles: a column per work, four works a table."""
   names = list(dict.fromkeys(name for row in rows.values() for name in row["programs"]))
-  heads = ["steps of a call", "GFLOP of a step", "ours, of the peak", *names]
+  heads = ["steps of a call", "GFLOP of a step", "peak, GFLOP/s", "ours, of it", *names]
   tables = ["CPU ms per step (quartiles)"]
   for first in range(0, len(rows), 4):
     works = list(rows)[first : first + 4]
-    columns = [_column(rows[work], names, report) for work in works]
+    columns = [_column(rows[work], names) for work in works]
     lines = [list(line) for line in zip(heads, *columns, strict=True)]
     tables.append(_table(["program", *works], lines))
   return "\n\n".join(tables)
 
 
-def _column(row, names, report):
+def _column(row, names):
   cells = [_cell(row["programs"].get(name)) for name in names]
-  share = _share(row, report)
+  share = _share(row)
   shown = "-" if share is None else f"{share:.0%}"
-  return [str(row["steps"]), f"{row['gflop']:.1f}", shown, *cells]
+  peak = max(row["peak"].values())
+  return [str(row["steps"]), f"{row['gflop']:.1f}", f"{peak:.0f}", shown, *cells]
 
 
 def _cell(row):
@@ -62,7 +61,7 @@ def _errors(rows):
   return "\n".join(lines)
 
 
-def _share(row, report):
+def _share(row):
   """What the fastest of our programs makes of the measured peak."""
   found = [
     row["programs"].get(name, {}).get("ms")
@@ -71,7 +70,7 @@ def _share(row, report):
   times = [ms for ms in found if ms]
   if not times:
     return None
-  return row["gflop"] / min(times) * 1e3 / max(report["peak"].values())
+  return row["gflop"] / min(times) * 1e3 / max(row["peak"].values())
 
 
 def _compile(rows):
@@ -110,7 +109,7 @@ def targets(report: dict[str, Any]) -> list[list[str]]:
   rows = report["rows"]
   for work, row in rows.items():
     if row.get("kind") == "classes":
-      found += _class_targets(work, row, report)
+      found += _class_targets(work, row)
   for work, row in rows.get("compile", {}).items():
     for form, warm in row["warm"].items():
       found.append(_line(f"warm start, {form}", work, sum(warm.values()), 0.2))
@@ -127,7 +126,7 @@ def targets(report: dict[str, Any]) -> list[list[str]]:
   return found
 
 
-def _class_targets(work, row, report):
+def _class_targets(work, row):
   programs = row["programs"]
   ms = {name: program["ms"] for name, program in programs.items() if "ms" in program}
   lines = []
@@ -141,7 +140,7 @@ def _class_targets(work, row, report):
   best = min(("plain", "frozen"), key=lambda name: ms.get(name, float("inf")))
   if work.startswith("unet"):
     ratio("ours / torchattacks", best, "torchattacks", 0.60)
-    if (share := _share(row, report)) is not None:
+    if (share := _share(row)) is not None:
       lines.append(_line("ours / matrix peak", work, share, 0.75, least=True))
   if work.startswith("resnet50-64"):
     ratio("ours / torchattacks", best, "torchattacks", 0.50)

@@ -5,12 +5,13 @@
 
 Per work, every program attacks the same images of the same network with the same
 weights, which is checked; `peer_attacks` says what a call is. The process is pinned to
-one core and PyTorch to one thread, the programs take turns, and CPU time is measured:
-medians, quartiles, ratios of medians, and medians of the ratios within a turn. The
-process is as `jaxadv.configure_cpu` sets it, its memory for all libraries; `--as-it-is`
-leaves that out. A
-library that cannot be run is listed with its error. The JSON is written after every
-work, what it holds already is not measured again, and a plot lies beside it.
+one core and PyTorch to one thread, the programs take turns, among them a matrix
+product, which is the peak, and CPU time is measured: medians, quartiles, ratios of
+medians, and medians of the ratios within a turn. The process is as
+`jaxadv.configure_cpu` sets it, whose memory all libraries profit from; `--as-it-is`
+leaves that out. A library that cannot be run is listed with its error. The JSON is
+written after every work, what it holds already is not measured again, and a plot lies
+beside it.
 
 PGD is in Linf, 8/255 by steps of 2/255, without random start. Steps per call are fewer
 than 40 where the network is large (`--steps` sets them for all): ms per step hardly
@@ -18,6 +19,7 @@ depends on them, but for the one forward pass at the end, which all programs hav
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -29,7 +31,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 if __name__ == "__main__" and hasattr(os, "sched_setaffinity"):  # before jax starts
@@ -94,6 +95,8 @@ LARGE = {
 TINY = {"tiny": Work("unet16", 64, 2, 8)}
 OTHERS = ("compile", "universal")
 COMPILED = ("unet32-128-b1", "resnet50-64-b8")
+SIDE = 2048  # of the matrices whose product is the peak
+PEAK = 2 * SIDE**3 / 1e9  # GFLOP of it
 TOLERANCE = 1e-3  # of logits, relative to the largest: float32, norms folded or not
 
 
@@ -124,12 +127,14 @@ def measure_work(work: Work, options) -> dict[str, Any]:
     rows[name] = {"fooled": fooled, "difference": _difference(program, reference, name)}
     calls[name] = program.call
     print(f"  {name} is ready", file=sys.stderr, flush=True)
-  times = _turns(calls, options.repeats, options.cap)
+  times = _turns(_products() | calls, options.repeats, options.cap)
+  peak = {name: PEAK / statistics.median(times.pop(name)) for name in _products()}
   for name, row in _summary(times, steps).items():
     rows[name] |= row
   forward, step = _gflop(networks)
   gflop = step + forward / steps  # the judging, too, is work
-  return {**work._asdict(), "steps": steps, "gflop": gflop, "programs": rows}
+  found = {"steps": steps, "gflop": gflop, "peak": peak, "programs": rows}
+  return work._asdict() | found
 
 
 def _difference(program, reference, name):
@@ -173,41 +178,32 @@ def _summary(times, steps):
 def _gflop(networks):
   """Of a forward pass, and of one with the input gradient, as XLA counts them."""
   x = jnp.asarray(networks.x)
-  total = lambda x: types.call(networks.ours, x)[0].sum()
+  total = lambda x: types.call(networks.flax, x)[0].sum()  # ours may do a bit more
   count = lambda f: jax.jit(f).lower(x).cost_analysis()["flops"] / 1e9
   return count(total), count(jax.value_and_grad(total))
 
 
-def peak() -> dict[str, float]:
-  """GFLOP/s of a float32 matrix product of side 2048, the best of five, by library."""
-  n, found = 2048, {}
-  matrix = np.random.default_rng(0).normal(size=(n, n)).astype(np.float32)
-  products: dict[str, Callable] = {}
-  ours = jnp.asarray(matrix)
-  product = jax.jit(jnp.matmul)
-  products["jax"] = lambda: product(ours, ours).block_until_ready()
-  try:
+@functools.cache
+def _products():
+  """A float32 matrix product of side 2048 in either library, to a time of `PEAK`."""
+  matrix = np.random.default_rng(0).normal(size=(SIDE, SIDE)).astype(np.float32)
+  ours, product = jnp.asarray(matrix), jax.jit(jnp.matmul)
+  found = {"jax": lambda: product(ours, ours).block_until_ready()}
+  with contextlib.suppress(ImportError):
     theirs = peer_networks.import_torch().from_numpy(matrix)
-    products["torch"] = lambda: theirs @ theirs
-  except ImportError:
-    pass
-  for name, call in products.items():
+    found["torch"] = lambda: theirs @ theirs
+  for call in found.values():
     call()
-    times = []
-    for _ in range(5):
-      start = time.process_time()
-      call()
-      times.append(time.process_time() - start)
-    found[name] = 2 * n**3 / min(times) / 1e9
   return found
 
 
-def measure_compile(names=COMPILED) -> dict[str, Any]:
+def measure_compile(as_it_is=False, names=COMPILED) -> dict[str, Any]:
   """Seconds until PGD-40 can run, in new processes, and tracings for eight radii."""
   rows = {}
   for name in names:
     with tempfile.TemporaryDirectory() as cache:
       command = [sys.executable, __file__, "--probe", name, cache]
+      command += ["--as-it-is"] * as_it_is
       cold, warm = (
         json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         for _ in range(2)
@@ -284,12 +280,13 @@ def main():
   if options.out.exists():
     stored = json.loads(options.out.read_text())
     if stored["settings"] != report["settings"]:
-      sys.exit(f"{options.out} has other versions or flags; choose another --out.")
+      sys.exit(
+        f"{options.out} has other versions, flags or memory; choose another --out."
+      )
     report = stored
-  report.setdefault("peak", peak())
   works = {
     **{name: functools.partial(measure_work, work, options) for name, work in _all()},
-    "compile": measure_compile,
+    "compile": functools.partial(measure_compile, options.as_it_is),
     "universal": peer_universal.measure,
   }
   for name in options.work or [*WORKS, *OTHERS]:
