@@ -177,7 +177,9 @@ def _phase(cotangent, kernel, phase, spec, sides):
     return jnp.zeros((len(cotangent), *rows, kernel.shape[-1]), cotangent.dtype)
   ones = (1,) * len(pads)
   one = spec._replace(strides=ones, pads=tuple(pads))
-  return convolving.apply(cotangent, kernel, one)
+  thin = spec.groups == 1 and convolving.is_thin(kernel.shape)
+  way = convolving.shifted_products if thin else convolving.apply
+  return way(cotangent, kernel, one)
 
 
 def _spread(cotangent, kernel, spec, sides):

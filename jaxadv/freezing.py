@@ -146,7 +146,7 @@ def _is_product(jaxpr):
   Depthwise ones are sums of shifted images there, for which there is no rule.
   """
   source = jaxpr.debug_info.func_src_info
-  own = source.startswith(("_convolve at ", "_linear at ")) and "jaxadv" in source
+  own = source.startswith(_OWN) and "jaxadv" in source
   return own and any(name in _PRODUCTS for name in _primitives(jaxpr))
 
 
@@ -158,6 +158,7 @@ def _primitives(jaxpr):
       yield from _primitives(eqn.params[_CALLS[eqn.primitive.name]].jaxpr)
 
 
+_OWN = ("_convolve at ", "_linear at ", "times at ")
 _PRODUCTS = ("conv_general_dilated", "dot_general")
 
 
@@ -182,7 +183,8 @@ def _rewritten(passes, step):
   """The call of a step, by the rule for its primitive where that has one."""
   if step.name in _HOLDERS:
     return _HOLDERS[step.name](step, functools.partial(_inner, passes))
-  rule = frozen_rules.RULES.get(step.name) if passes.faster else None
+  faster = passes.faster and step.unknown
+  rule = frozen_rules.RULES.get(step.name) if faster else None
   return (rule and rule(step)) or step.call
 
 

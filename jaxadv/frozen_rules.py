@@ -38,11 +38,12 @@ def convolution(step):
     return None
   out, own, given = numbers.rhs_spec[0], numbers.rhs_spec[1], numbers.rhs_spec[2:]
   kernel = jnp.transpose(kernel, (*given, own, out))
-  how, weights = (_transposed if spread else _plain)(step, kernel)
+  how, kernel = (_transposed if spread else _plain)(step, kernel)
   pixels = size // kernel.shape[-1]
   if not spread and how.spec.groups == 1 and few_rows.pays(pixels, kernel.size):
     linear = _product_of_seen(kernel, how.spec)
   else:
+    weights = kernel, _layouts(kernel, how.spec)
     linear = lambda image: _linear(image, weights, how)
   before = _last(numbers.lhs_spec)
   after = tuple(sorted(range(kernel.ndim), key=_last(numbers.out_spec).__getitem__))
@@ -73,7 +74,7 @@ def _plain(step, kernel):
   )
   shape, numbers = step.inputs[0].aval.shape, params["dimension_numbers"]
   sides = tuple(shape[axis] for axis in numbers.lhs_spec[2:])
-  return _How(spec, sides, False), (kernel, _layouts(kernel, spec))
+  return _How(spec, sides, False), kernel
 
 
 def _transposed(step, kernel):
@@ -90,8 +91,7 @@ def _transposed(step, kernel):
   spec = convolving.Spec(
     params["lhs_dilation"], pads, dilation, groups, params["precision"]
   )
-  turned = canonical.turned(kernel, groups)
-  return _How(spec, sides, True), (turned, _layouts(turned, spec))
+  return _How(spec, sides, True), canonical.turned(kernel, groups)
 
 
 _layouts = jax.jit(canonical.layouts, static_argnums=1)
@@ -109,16 +109,13 @@ def _product_of_seen(kernel, spec):
 
 
 def _few_rows_times(matrix, precision):
-  matrices = matrix, _copied(matrix)
+  matrices = matrix, jnp.transpose(matrix)
 
   def call(x):
     found = few_rows.times(x.reshape(-1, len(matrix)), matrices, precision)
     return found.reshape(*x.shape[:-1], -1)
 
   return call
-
-
-_copied = jax.jit(jnp.transpose)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -142,18 +139,19 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def product(step):
-  """Of few rows and a large matrix."""
+  """`x W` for few rows and a large matrix, see `few_rows`."""
   params, (rows, matrix), (out,) = step.params, step.inputs, step.outputs
-  if isinstance(matrix, Unknown) or jnp.ndim(matrix) != 2:
-    return None
-  (last, (axis,)), batched = params["dimension_numbers"]
-  matrix = matrix.T if axis else matrix
+  (last, first), batched = params["dimension_numbers"]
+  known = isinstance(rows, Unknown) and not isinstance(matrix, Unknown)
   if (
-    last != (rows.aval.ndim - 1,)
+    not (known and out.aval.size and jnp.ndim(matrix) == 2)
+    or (len(first), last) != (1, (rows.aval.ndim - 1,))
     or any(batched)
     or {jnp.result_type(matrix), rows.aval.dtype} != {out.aval.dtype}
-    or not few_rows.pays(out.aval.size // matrix.shape[1], matrix.size)
   ):
+    return None
+  matrix = jnp.transpose(matrix, (first[0], 1 - first[0]))
+  if not few_rows.pays(out.aval.size // matrix.shape[1], matrix.size):
     return None
   times = _few_rows_times(matrix, params["precision"])
   return lambda x, _: [times(x)]

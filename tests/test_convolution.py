@@ -72,21 +72,22 @@ def test_gradients_are_those_of_autodiff_in_float64(rank, padding):
   _check_in_float64(rank, padding, cases)
 
 
-# what becomes a product of pixels, has four channels instead of three, is in phases
+# a stem, whose gradient is a product per pixel; three channels that become four;
+# phases; and few features
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("channels", [(3, 64), (3, 24), (8, 8)])
+@pytest.mark.parametrize("channels", [(3, 64), (3, 24), (8, 8), (64, 3)])
 def test_stems_and_layers_of_larger_images(channels, padding):
   cases = [(16, 7, 2), (18, 3, 2), (17, 4, 3), (24, 4, 2), (16, 3, 3), (16, 3, 1)]
   _check_in_float64(2, PADDINGS[padding](2), cases, channels)
 
 
-def _program(channels, side, window, stride, batch=2):
+def _program(channels, side, window, stride, batch=2, padding="SAME"):
   """Convolutions and products of a layer and its input gradient."""
   image = jnp.zeros((batch, side, side, channels[0]))
   kernel = jnp.zeros((window, window, *channels))
   layout, strides = LAYOUTS[2], (stride, stride)
   apply = functools.partial(
-    convolution.conv_general_dilated, dimension_numbers=layout, padding="SAME"
+    convolution.conv_general_dilated, dimension_numbers=layout, padding=padding
   )
   gradient = jax.grad(lambda x, kernel: (apply(x, kernel, strides) ** 2).sum())
   text = jax.jit(gradient).lower(image, kernel).compile().as_text()
@@ -102,10 +103,19 @@ def _program(channels, side, window, stride, batch=2):
     (((64, 64), 5, 3, 1), [0, 2]),  # few pixels
     (((64, 64), 6, 3, 1), [2, 0]),
     (((64, 64), 4, 3, 2, 99), [3, 2]),  # fewer than taps, but for the phases
+    (((64, 64), 4, 3, 1, 16, "VALID"), [0, 2]),  # as its result, so its gradient
   ],
 )
 def test_which_layers_are_products(case, found):
   assert _program(*case) == found
+
+
+def test_an_empty_result_is_that_of_lax():
+  image, kernel = jnp.ones((2, 2, 2, 3)), jnp.ones((4, 4, 3, 4))
+  layout = LAYOUTS[2]
+  apply = convolution.conv_general_dilated
+  got = apply(image, kernel, (1, 1), "VALID", dimension_numbers=layout)
+  assert got.shape == (2, 0, 0, 4)
 
 
 @pytest.mark.parametrize(("features", "channels"), [(16, 3), (24, 4), (32, 4), (33, 3)])

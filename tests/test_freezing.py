@@ -258,8 +258,71 @@ def test_few_rows_become_the_right_factor_of_a_product(batch, products):
   assert str(jax.make_jaxpr(jax.grad(loss))(x)).count("optimization_barrier") == (
     2 * products
   )
-  one_by_one = jax.vmap(jax.grad(lambda x: (frozen(x[None]) ** 2).sum()))(x)
-  np.testing.assert_allclose(one_by_one, jax.grad(loss)(x), atol=1e-3)
+  mapped = jax.vmap(jax.grad(loss))(jnp.stack([x, 2 * x]))
+  np.testing.assert_allclose(mapped[1], jax.grad(loss)(2 * x), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("spec", "shapes", "barriers"),
+  [
+    ("bk,kn->bn", ((32, 300), (300, 310)), 2),
+    ("bk,nk->bn", ((32, 300), (310, 300)), 2),
+    ("bik,kn->bin", ((4, 8, 300), (300, 310)), 2),
+    ("bk,kn->bn", ((8, 300), (300, 310)), 0),  # too few, and too many
+    ("bk,kn->bn", ((80, 300), (300, 310)), 0),
+    ("kb,kn->bn", ((300, 32), (300, 310)), 0),
+    ("bij,ij->b", ((32, 270, 270), (270, 270)), 0),
+    ("bi,jk->bijk", ((32, 2), (300, 310)), 0),
+    ("bk,bkn->bn", ((32, 30), (32, 30, 300)), 0),
+    ("bk,kn->bn", ((0, 300), (300, 310)), 0),
+    ("bk,kn->bn", ((32, 300), (300, 0)), 0),
+  ],
+)
+def test_which_products_are_those_of_few_rows(spec, shapes, barriers):
+  rng = np.random.default_rng(0)
+  x, matrix = (jnp.asarray(rng.normal(size=shape), np.float32) for shape in shapes)
+  predict = lambda x: jnp.einsum(spec, x, matrix)
+  _check(predict, x, 1e-3)
+  frozen = jaxadv.freeze(predict, x)
+  assert str(jax.make_jaxpr(frozen)(x)).count("optimization_barrier") == barriers
+
+
+@pytest.mark.parametrize("frozen_before", [False, True])
+def test_bfloat16_reaches_products_of_few_rows(frozen_before):
+  matrix, x = jnp.ones((300, 300)), jnp.ones((32, 300))
+  predict = lambda x: x @ matrix
+  if frozen_before:
+    predict = jaxadv.freeze(predict, x)
+  narrow = jaxadv.freeze(predict, x, bf16=True)
+  assert _products(narrow, x) == {"bf16"}
+  gradient = jax.grad(lambda x: narrow(x).sum())(x)
+  np.testing.assert_array_equal(gradient, 300)
+
+
+@pytest.mark.parametrize("channels", [(64, 3), (256, 12)])
+def test_few_features_of_our_own_stay_fast_when_frozen(channels):
+  """The gradient of a sum of shifted products would be dozens of pads."""
+  x = jnp.ones((2, 16, 16, channels[0]))
+  kernel = jnp.ones((5, 5, *channels))
+  own = lambda x: convolution.conv_general_dilated(
+    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  frozen = jaxadv.freeze(own, x)
+  _check(own, x, 1e-3)
+  gradient = jax.grad(lambda x: (frozen(x) ** 2).sum())
+  assert _primitives(gradient, x).count("pad") == 0
+
+
+def test_what_needs_no_image_is_left_alone():
+  """Its result is too large to be computed beforehand."""
+  image, kernel = jnp.ones((1, 40, 40, 1)), jnp.ones((3, 3, 1, 64))
+  add = lambda x: (
+    x
+    + lax.conv(
+      image.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), "SAME"
+    )
+  )
+  _check(add, jnp.ones((1, 64, 40, 40)), 1e-6)
 
 
 def test_products_of_few_rows_have_second_derivatives():
