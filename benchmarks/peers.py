@@ -188,10 +188,10 @@ def _products():
   """A float32 matrix product of side 2048 in either library, to a time of `PEAK`."""
   matrix = np.random.default_rng(0).normal(size=(SIDE, SIDE)).astype(np.float32)
   ours, product = jnp.asarray(matrix), jax.jit(jnp.matmul)
-  found = {"jax": lambda: product(ours, ours).block_until_ready()}
+  found = {"product of jax": lambda: product(ours, ours).block_until_ready()}
   with contextlib.suppress(ImportError):
     theirs = peer_networks.import_torch().from_numpy(matrix)
-    found["torch"] = lambda: theirs @ theirs
+    found["product of torch"] = lambda: theirs @ theirs
   for call in found.values():
     call()
   return found
