@@ -291,7 +291,7 @@ def _add_options(command):
     help="keep all compiled programs there, for the next run",
   )
   command.add_argument(
-    "--cpu-flags", action="store_true", help="XLA flags that measured faster on CPU"
+    "--cpu-flags", action="store_true", help="XLA flags, and memory kept: faster on CPU"
   )
   for option, (field, meaning) in _OVERRIDES.items():
     command.add_argument(option, dest=field, type=int, metavar="N", help=meaning)

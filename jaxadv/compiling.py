@@ -1,6 +1,6 @@
-"""How XLA compiles: flags that measured faster on CPU, and programs kept on disk.
+"""How XLA compiles: flags and memory that measured faster on CPU, programs on disk.
 
-Both are options of the process, and both are off until they are asked for.
+All are options of the process, and off until they are asked for.
 """
 
 import contextlib
@@ -29,8 +29,9 @@ _MEASURED: tuple[tuple[tuple[int, int], tuple[int, int], tuple[str, ...]], ...] 
   ((0, 10), (0, 11), (_NO_YNN_CONV,)),
   ((0, 12), (0, 13), (_NO_YNN_CONV,)),
 )
-# Of glibc: nothing by mmap, nothing trimmed, one arena for all threads.
-_MALLOPT = ((-4, 0), (-1, -1), (-8, 1))
+# Options of glibc's malloc. XLA allocates on a thread of its own, hence one arena.
+_M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8
+_MALLOPT = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
 
 
 class CpuFlags(NamedTuple):
@@ -40,7 +41,8 @@ class CpuFlags(NamedTuple):
     jaxlib: the installed version.
     measured: whether this version was, on some x86-64; if not, there are no flags.
     flags: that were added to `$XLA_FLAGS`.
-    keeps_memory: whether the process keeps what it frees.
+    keeps_memory: whether glibc's malloc was told to keep what is freed; one that is
+      preloaded in its place does not care.
   """
 
   jaxlib: str
@@ -65,9 +67,10 @@ def configure_cpu() -> CpuFlags:
   rounding only; flags that change more, such as fast math, are not among them. The
   measurements are in docs/performance.md, the script is benchmarks/cpu_flags.py.
 
-  Where the C library is glibc the process keeps the memory that it frees, up to the
-  most it ever held. Otherwise every call of a compiled program gets its temporary
-  memory anew, page by page: a tenth of the time of a U-Net at batch 8.
+  Where the C library is glibc the process also keeps the memory that it frees:
+  otherwise every call of a compiled program gets its temporary memory anew, page by
+  page, a tenth of the time of a U-Net at batch 8. The price is that resident memory
+  does not shrink, and that threads share one heap. Forked processes inherit it.
 
   Returns:
     What it did; no flags where they bring nothing or the version was not measured.
