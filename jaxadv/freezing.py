@@ -72,6 +72,7 @@ def freeze(predict: Predict, x: Any, *, bf16: bool = False) -> Predict:
   passes = _Passes(faster=jax.default_backend() == "cpu", bf16=bf16)
   if not any(passes):
     return predict
+  predict = getattr(predict, "frozen_from", predict)
 
   def program(like):
     closed, out = jax.make_jaxpr(predict, return_shape=True)(like)
@@ -86,6 +87,8 @@ def freeze(predict: Predict, x: Any, *, bf16: bool = False) -> Predict:
       return usual(image)
     return program(jax.ShapeDtypeStruct(image.shape, image.dtype))(image)
 
+  # where bfloat16, or another shape, starts from
+  frozen.frozen_from = predict  # type: ignore[attr-defined]
   return frozen
 
 

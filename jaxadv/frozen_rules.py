@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import canonical, convolving, few_rows, pooling
+from jaxadv import canonical, convolving, few_rows, pooling, winograd
 from jaxadv.folding import Step, Unknown
 
 __all__ = ["RULES", "Rule"]
@@ -39,12 +39,7 @@ def convolution(step):
   out, own, given = numbers.rhs_spec[0], numbers.rhs_spec[1], numbers.rhs_spec[2:]
   kernel = jnp.transpose(kernel, (*given, own, out))
   how, kernel = (_transposed if spread else _plain)(step, kernel)
-  pixels = size // kernel.shape[-1]
-  if not spread and how.spec.groups == 1 and few_rows.pays(pixels, kernel.size):
-    linear = _product_of_seen(kernel, how.spec)
-  else:
-    weights = kernel, _layouts(kernel, how.spec)
-    linear = lambda image: _linear(image, weights, how)
+  linear = _fastest(kernel, how, size // kernel.shape[-1], dtype)
   before = _last(numbers.lhs_spec)
   after = tuple(sorted(range(kernel.ndim), key=_last(numbers.out_spec).__getitem__))
 
@@ -53,6 +48,24 @@ def convolution(step):
     return [jnp.transpose(found, after)]
 
   return call
+
+
+def _fastest(kernel, how, pixels, dtype):
+  spec, exact = how.spec, jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
+  if not how.transposed:
+    if spec.groups == 1 and few_rows.pays(pixels, kernel.size):
+      return _product_of_seen(kernel, spec)
+    if exact and winograd.pays(kernel.shape, spec):
+      tiled = winograd.How(spec.pads, spec.precision)
+      both = _tiles(kernel)
+      return lambda image: winograd.convolve(image, both, tiled)
+  weights = kernel, _layouts(kernel, spec)
+  return lambda image: _linear(image, weights, how)
+
+
+@jax.jit
+def _tiles(kernel):
+  return winograd.layout(kernel), winograd.layout(canonical.turned(kernel, 1))
 
 
 class _How(NamedTuple):
