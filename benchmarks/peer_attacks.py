@@ -259,7 +259,9 @@ MASKS = {
   "asma": _on_masks(attacks.asma, "plain"),
   "asma frozen": _on_masks(attacks.asma, "frozen"),
   "asma calibrated": _on_masks(attacks.asma_calibrated, "plain"),
+  "asma calibrated frozen": _on_masks(attacks.asma_calibrated, "frozen"),
   "mafl": _on_masks(attacks.mafl, "plain"),
+  "mafl frozen": _on_masks(attacks.mafl, "frozen"),
   "adv-lib asma": _advlib("plain"),
   "adv-lib asma folded": _advlib("folded"),
 }
