@@ -4,7 +4,7 @@ from typing import Any
 
 __all__ = ["markdown", "plot", "targets"]
 
-MARKERS = "osD^v<>pPX*hH8d"
+MARKERS = "osD^v<>pPX*^svD"
 FLOAT32 = ("plain", "frozen")  # attacks of ours; those on masks do more than a step
 
 

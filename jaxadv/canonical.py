@@ -142,9 +142,12 @@ def depth_to_space(image: jax.Array, blocks: Sequence[int]) -> jax.Array:
   batch, *sides, channels = image.shape
   rank = len(sides)
   parts = image.reshape(batch, *sides, *blocks, channels // math.prod(blocks))
-  order = [axis for k in range(rank) for axis in (1 + k, 1 + rank + k)]
-  grown = [n * block for n, block in zip(sides, blocks, strict=True)]
-  return parts.transpose(0, *order, 2 * rank + 1).reshape(batch, *grown, -1)
+  mixed = parts.transpose(
+    0, *(axis for k in range(rank) for axis in (1 + k, 1 + rank + k)), 2 * rank + 1
+  )
+  for axis in range(1, rank + 1):  # one at a time, as explicit mesh axes need it
+    mixed = lax.collapse(mixed, axis, axis + 2)
+  return mixed
 
 
 def _splits(spec):
@@ -174,7 +177,9 @@ def _phase(cotangent, kernel, phase, spec, sides):
     pads.append((reach - ahead, count + ahead - cotangent.shape[1 + axis]))
     rows.append(count)
   if 0 in kernel.shape:
-    return jnp.zeros((len(cotangent), *rows, kernel.shape[-1]), cotangent.dtype)
+    inner = tuple(range(1, cotangent.ndim))  # zeros with the placement of the batch
+    nothing = jnp.zeros_like(cotangent).sum(inner, keepdims=True)
+    return jnp.broadcast_to(nothing, (len(cotangent), *rows, kernel.shape[-1]))
   ones = (1,) * len(pads)
   one = spec._replace(strides=ones, pads=tuple(pads))
   thin = spec.groups == 1 and convolving.is_thin(kernel.shape)

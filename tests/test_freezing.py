@@ -313,6 +313,33 @@ def test_few_features_of_our_own_stay_fast_when_frozen(channels):
   assert _primitives(gradient, x).count("pad") == 0
 
 
+@pytest.mark.parametrize(
+  ("window", "channels", "side", "stride"),
+  [
+    (3, (96, 96), 9, 1),  # by Winograd
+    (3, (96, 96), 3, 1),  # few rows
+    (3, (16, 16), 16, 2),
+    (7, (3, 64), 32, 2),  # a stem
+    (1, (16, 16), 16, 2),  # three phases without taps
+  ],
+)
+def test_every_way_follows_a_batch_over_explicit_axes(window, channels, side, stride):
+  kernel = jax.random.normal(jax.random.key(0), (window, window, *channels)) / 30
+  x = jax.random.normal(jax.random.key(1), (4, side, side, channels[0]))
+  conv = lambda x: lax.conv_general_dilated(
+    x, kernel, (stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  frozen = jaxadv.freeze(conv, x)
+  gradient = jax.jit(jax.grad(lambda x: (frozen(x) ** 2).sum()))
+  kind = jax.sharding.AxisType.Explicit
+  mesh = jax.make_mesh((2,), ("batch",), (kind,), devices=jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    found = gradient(jax.device_put(x, split))
+  assert found.sharding.spec[0] == "batch"
+  np.testing.assert_allclose(found, gradient(x), atol=1e-4)
+
+
 def test_what_needs_no_image_is_left_alone():
   """Its result is too large to be computed beforehand."""
   image, kernel = jnp.ones((1, 40, 40, 1)), jnp.ones((3, 3, 1, 64))
