@@ -13,7 +13,15 @@ import jaxadv
 from jaxadv import canonical, winograd
 from jaxadv.convolving import Spec
 
-LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+def _lax(kernel, padding):
+  return functools.partial(
+    lax.conv_general_dilated,
+    rhs=kernel,
+    window_strides=(1, 1),
+    padding=padding,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
 
 
 def _check(sides, pads, given=None):
@@ -24,13 +32,7 @@ def _check(sides, pads, given=None):
     kernel = jnp.asarray(rng.normal(size=(3, 3, 5, 4)))
     both = winograd.layout(kernel), winograd.layout(canonical.turned(kernel, 1))
     own = lambda x: winograd.convolve(x, both, winograd.How(given or pads))
-    other = functools.partial(
-      lax.conv_general_dilated,
-      rhs=kernel,
-      window_strides=(1, 1),
-      padding=pads,
-      dimension_numbers=LAYOUT,
-    )
+    other = _lax(kernel, pads)
     for order in range(3):
       got, want = own(image), other(image)
       np.testing.assert_allclose(got, want, atol=1e-9, err_msg=f"order {order}")
@@ -88,13 +90,7 @@ def test_freeze_takes_it(dtype, side, dots):
   rng = np.random.default_rng(0)
   kernel = jnp.asarray(rng.normal(size=(3, 3, 96, 80)) / 30, dtype)
   x = jnp.asarray(rng.normal(size=(2, side, side, 96)), dtype)
-  predict = functools.partial(
-    lax.conv_general_dilated,
-    rhs=kernel,
-    window_strides=(1, 1),
-    padding="SAME",
-    dimension_numbers=LAYOUT,
-  )
+  predict = _lax(kernel, "SAME")
   loss = lambda predict: lambda x: (predict(x) ** 2).sum()
   plain, frozen = loss(predict), loss(jaxadv.freeze(predict, x))
   assert str(jax.make_jaxpr(jax.grad(frozen))(x)).count("dot_general") == dots
@@ -104,13 +100,7 @@ def test_freeze_takes_it(dtype, side, dots):
 
 def test_bfloat16_starts_from_the_model_itself():
   kernel, x = jnp.ones((3, 3, 96, 80)), jnp.ones((2, 9, 9, 96))
-  predict = functools.partial(
-    lax.conv_general_dilated,
-    rhs=kernel,
-    window_strides=(1, 1),
-    padding="SAME",
-    dimension_numbers=LAYOUT,
-  )
+  predict = _lax(kernel, "SAME")
   narrow = jaxadv.freeze(jaxadv.freeze(predict, x), x, bf16=True)
   text = str(jax.make_jaxpr(narrow)(x))
   assert text.count("conv_general_dilated[") == 1
