@@ -55,7 +55,7 @@ def _fastest(kernel, how, pixels, dtype):
   if not how.transposed:
     if spec.groups == 1 and few_rows.pays(pixels, kernel.size):
       return _product_of_seen(kernel, spec)
-    if exact and winograd.pays(kernel.shape, spec):
+    if exact and winograd.pays(kernel.shape, spec, pixels):
       tiled = winograd.How(spec.pads, spec.precision)
       both = _tiles(kernel)
       return lambda image: winograd.convolve(image, both, tiled)

@@ -23,6 +23,7 @@ from jaxadv.convolving import Spec
 __all__ = ["How", "convolve", "layout", "pays"]
 
 Matrices = list[list[jax.Array]]  # 4 x 4 of `(C, F)`
+_MAP = 2**23  # values of image and result
 
 
 class How(NamedTuple):
@@ -37,21 +38,29 @@ class How(NamedTuple):
   precision: Any = None
 
 
-def pays(shape: Sequence[int], spec: Spec) -> bool:
+def pays(shape: Sequence[int], spec: Spec, pixels: int) -> bool:
   """Whether it is for a convolution, and transforms cost less than products it saves.
+
+  They need four times the memory of image and result: with maps that no cache keeps
+  nothing is left of what they bring.
 
   Args:
     shape: of the kernel.
     spec: of the convolution.
+    pixels: of the result, all images together.
 
   Example:
     >>> spec = Spec((1, 1), ((1, 1), (1, 1)), (1, 1))
-    >>> pays((3, 3, 64, 128), spec), pays((3, 3, 64, 64), spec)
+    >>> pays((3, 3, 64, 128), spec, 2**13), pays((3, 3, 64, 64), spec, 2**13)
     (True, False)
   """
   *window, own, features = shape
   plain = (*window, *spec.strides, *spec.dilation) == (3, 3, 1, 1, 1, 1)
-  return plain and spec.groups == 1 and own * features >= 40 * (own + features)
+  deep, small = (
+    own * features >= 40 * (own + features),
+    pixels * (own + features) < _MAP,
+  )
+  return plain and spec.groups == 1 and deep and small
 
 
 def layout(kernel: jax.Array) -> Matrices:

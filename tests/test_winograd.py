@@ -78,7 +78,8 @@ def test_a_wrong_padding_is_noticed():
 )
 def test_for_which_convolutions_it_is(shape, change, taken):
   spec = Spec((1, 1), ((1, 1), (1, 1)), (1, 1))._replace(**change)
-  assert winograd.pays(shape, spec) is taken
+  assert winograd.pays(shape, spec, 100) is taken
+  assert not winograd.pays(shape, spec, 2**23 // 160 + 1)  # maps too large for a cache
 
 
 @pytest.mark.parametrize(
