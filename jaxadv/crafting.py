@@ -204,7 +204,7 @@ def _step(rule, predict, mesh, aim, variables, state, batch):
 
   def on_each(given, batch):
     aim, variables, state = given
-    model = freeze(functools.partial(predict, variables), like)
+    model = freeze(functools.partial(predict, variables), like, once=True)
     return _build(rule, aim).step(model, state, batch)
 
   mapped = "axis_name" in dict(rule[-1])

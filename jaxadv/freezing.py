@@ -32,9 +32,12 @@ class _Passes(NamedTuple):
 
   faster: bool
   bf16: bool
+  once: bool
 
 
-def freeze(predict: Predict, x: Any, *, bf16: bool = False) -> Predict:
+def freeze(
+  predict: Predict, x: Any, *, bf16: bool = False, once: bool = False
+) -> Predict:
   """The same model with an input gradient that is fast inside loops, on CPU.
 
   Value and input gradient are those of `predict` up to rounding. Parameters are
@@ -51,10 +54,11 @@ def freeze(predict: Predict, x: Any, *, bf16: bool = False) -> Predict:
       images of another shape the program is rewritten when they come.
     bf16: convolutions and matrix products of float32 in bfloat16, on any backend; for
       gradients, see `jaxadv.combine.bf16`.
+    once: the program takes one gradient, as a step of crafting does, so that kernels
+      which are its arguments do not pay for a layout that many would share.
 
   Returns:
-    A function of images, for reverse mode: `jax.jvp` is refused by JAX. So is, where
-    layers have strides, the gradient over a mesh axis of explicit type.
+    A function of images, for reverse mode: `jax.jvp` is refused by JAX.
 
   Raises:
     Exception: what `predict` raises for such images.
@@ -69,8 +73,8 @@ def freeze(predict: Predict, x: Any, *, bf16: bool = False) -> Predict:
     >>> bool(jnp.allclose(frozen(x), predict(x)))
     True
   """
-  passes = _Passes(faster=jax.default_backend() == "cpu", bf16=bf16)
-  if not any(passes):
+  passes = _Passes(jax.default_backend() == "cpu", bf16, once)
+  if not (passes.faster or bf16):
     return predict
   predict = getattr(predict, "frozen_from", predict)
 
@@ -186,8 +190,8 @@ def _rewritten(passes, step):
   """The call of a step, by the rule for its primitive where that has one."""
   if step.name in _HOLDERS:
     return _HOLDERS[step.name](step, functools.partial(_inner, passes))
-  faster = passes.faster and step.unknown
-  rule = frozen_rules.RULES.get(step.name) if faster else None
+  rules = frozen_rules.ONCE if passes.once else frozen_rules.RULES
+  rule = rules.get(step.name) if passes.faster and step.unknown else None
   return (rule and rule(step)) or step.call
 
 

@@ -16,13 +16,13 @@ import numpy as np
 from jaxadv import canonical, convolving, few_rows, pooling, winograd
 from jaxadv.folding import Step, Unknown
 
-__all__ = ["RULES", "Rule"]
+__all__ = ["ONCE", "RULES", "Rule"]
 
 Rule = Callable[[Step], Callable[..., list[Any]] | None]
 _TAPS = 64  # windows with more are left to XLA: each tap is an operation of its own
 
 
-def convolution(step):
+def convolution(step, *, once=False):
   """A convolution, or a transposed one, whose transpose is an ordinary convolution."""
   params, (_, kernel) = step.params, step.inputs
   numbers, spread = params["dimension_numbers"], max(params["lhs_dilation"]) > 1
@@ -39,7 +39,7 @@ def convolution(step):
   out, own, given = numbers.rhs_spec[0], numbers.rhs_spec[1], numbers.rhs_spec[2:]
   kernel = jnp.transpose(kernel, (*given, own, out))
   how, kernel = (_transposed if spread else _plain)(step, kernel)
-  linear = _fastest(kernel, how, size // kernel.shape[-1], dtype)
+  linear = _fastest(kernel, how, size // kernel.shape[-1], dtype, once)
   before = _last(numbers.lhs_spec)
   after = tuple(sorted(range(kernel.ndim), key=_last(numbers.out_spec).__getitem__))
 
@@ -50,9 +50,9 @@ def convolution(step):
   return call
 
 
-def _fastest(kernel, how, pixels, dtype):
+def _fastest(kernel, how, pixels, dtype, once):
   spec, exact = how.spec, jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
-  if not how.transposed:
+  if not how.transposed and _lasts(kernel, once):
     if spec.groups == 1 and few_rows.pays(pixels, kernel.size):
       return _product_of_seen(kernel, spec)
     if exact and winograd.pays(kernel.shape, spec, pixels):
@@ -61,6 +61,11 @@ def _fastest(kernel, how, pixels, dtype):
       return lambda image: winograd.convolve(image, both, tiled)
   weights = kernel, _layouts(kernel, spec)
   return lambda image: _linear(image, weights, how)
+
+
+def _lasts(weights, once):
+  """Whether to copy them into another layout: they are constants, or used again."""
+  return not (once and isinstance(weights, jax.core.Tracer))
 
 
 @jax.jit
@@ -151,13 +156,13 @@ def _linear_backward(how, weights, cotangent):
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def product(step):
+def product(step, *, once=False):
   """`x W` for few rows and a large matrix, see `few_rows`."""
   params, (rows, matrix), (out,) = step.params, step.inputs, step.outputs
   (last, first), batched = params["dimension_numbers"]
   known = isinstance(rows, Unknown) and not isinstance(matrix, Unknown)
   if (
-    not (known and out.aval.size and jnp.ndim(matrix) == 2)
+    not (known and _lasts(matrix, once) and out.aval.size and jnp.ndim(matrix) == 2)
     or (len(first), last) != (1, (rows.aval.ndim - 1,))
     or any(batched)
     or {jnp.result_type(matrix), rows.aval.dtype} != {out.aval.dtype}
@@ -207,9 +212,16 @@ def _windows(step, pool):
   return call
 
 
+# for a program of more than one gradient
 RULES: Mapping[str, Rule] = {
   "conv_general_dilated": convolution,
   "dot_general": product,
   "reduce_window_max": max_pool,
   "reduce_window_sum": sum_pool,
+}
+# for a program of one
+ONCE: Mapping[str, Rule] = {
+  **RULES,
+  "conv_general_dilated": functools.partial(convolution, once=True),
+  "dot_general": functools.partial(product, once=True),
 }

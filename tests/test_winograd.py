@@ -106,3 +106,19 @@ def test_bfloat16_starts_from_the_model_itself():
   text = str(jax.make_jaxpr(narrow)(x))
   assert text.count("conv_general_dilated[") == 1
   assert "bf16[3,3,96,80]" in text
+
+
+@pytest.mark.parametrize(
+  ("traced", "once", "dots"), [(True, True, 0), (True, False, 32), (False, True, 32)]
+)
+def test_one_gradient_does_not_pay_for_the_layout_of_its_arguments(traced, once, dots):
+  kernel, x = jnp.ones((3, 3, 96, 80)), jnp.ones((2, 9, 9, 96))
+
+  def gradient(kernel, x):
+    frozen = jaxadv.freeze(_lax(kernel, "SAME"), x, once=once)
+    return jax.grad(lambda x: (frozen(x) ** 2).sum())(x)
+
+  if not traced:
+    gradient = functools.partial(gradient, kernel)
+  text = str(jax.make_jaxpr(gradient)(*((kernel, x) if traced else (x,))))
+  assert text.count("dot_general") == dots
