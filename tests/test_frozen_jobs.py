@@ -94,6 +94,6 @@ def test_what_a_command_attacks_is_frozen(job, monkeypatch):
   assert scatters not in job(predict, variables, x)
   # left alone, the model does scatter: the line above can fail
   for module in (trials, crafting, subjects, robustness, inspection, assessment):
-    monkeypatch.setattr(module, "freeze", lambda predict, x: predict)
+    monkeypatch.setattr(module, "freeze", lambda predict, x, **how: predict)
   jax.clear_caches()
   assert scatters in job(predict, variables, x)
