@@ -42,7 +42,8 @@ def freeze(
 
   Value and input gradient are those of `predict` up to rounding. Parameters are
   constants: no gradient reaches them. Convolutions run in the form that XLA is fast
-  at, strided and transposed ones phase by phase, kernels are laid out once, pools do
+  at, strided and transposed ones phase by phase, 3x3 ones of many channels by Winograd,
+  kernels are laid out once, few rows become the right factor of a product, pools do
   without `select_and_scatter`, and norms in evaluation mode go into the convolution
   before them. On other backends `predict` comes back as it is: nothing was measured
   to be faster there. Models of `jaxadv.models` are fast without it.
@@ -91,7 +92,7 @@ def freeze(
       return usual(image)
     return program(jax.ShapeDtypeStruct(image.shape, image.dtype))(image)
 
-  # where bfloat16, or another shape, starts from
+  # where freezing it once more starts from, so that bfloat16 reaches all of it
   frozen.frozen_from = predict  # type: ignore[attr-defined]
   return frozen
 
