@@ -155,7 +155,7 @@ def programs(model, *, side, batch, steps):
     ),
     "frozen": lambda: frozen(state),
     "uap": craft(lambda predict, x: predict),
-    "uap frozen": craft(jaxadv.freeze),
+    "uap frozen": craft(functools.partial(jaxadv.freeze, once=True)),
   }
 
 

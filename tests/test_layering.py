@@ -43,7 +43,7 @@ ALLOWED = {
   "few_rows": set(),
   "winograd": {"canonical", "convolving", "patches"},
   "canonical": {"convolving", "patches"},
-  "pooling": {"patches"},
+  "pooling": {"canonical", "patches"},
   "folding": set(),
   "frozen_rules": {
     "folding",
