@@ -23,7 +23,7 @@ from jax import lax
 from jaxadv import convolving, patches
 from jaxadv.convolving import Spec
 
-__all__ = ["depth_to_space", "layouts", "transpose", "turned"]
+__all__ = ["depth_to_space", "interleave", "layouts", "transpose", "turned"]
 
 
 def layouts(kernel: jax.Array, spec: Spec) -> list[jax.Array]:
@@ -97,7 +97,10 @@ def transpose(
   ]
   if math.prod(spec.strides) == 1:
     return parts[0]
-  mixed = depth_to_space(jnp.concatenate(parts, -1), spec.strides)
+  if len(parts) < math.prod(spec.strides):  # all in one
+    mixed = depth_to_space(parts[0], spec.strides)
+  else:
+    mixed = interleave(parts, spec.strides)
   return mixed[(slice(None), *map(slice, sides))]
 
 
@@ -139,12 +142,36 @@ def depth_to_space(image: jax.Array, blocks: Sequence[int]) -> jax.Array:
     >>> depth_to_space(jnp.arange(4.0).reshape(1, 1, 1, 4), (2, 2))[0, ..., 0].tolist()
     [[0.0, 1.0], [2.0, 3.0]]
   """
-  batch, *sides, channels = image.shape
-  rank = len(sides)
-  parts = image.reshape(batch, *sides, *blocks, channels // math.prod(blocks))
-  mixed = parts.transpose(
-    0, *(axis for k in range(rank) for axis in (1 + k, 1 + rank + k)), 2 * rank + 1
-  )
+  *outer, channels = image.shape
+  parts = image.reshape(*outer, *blocks, channels // math.prod(blocks))
+  return _merged(parts, len(blocks))
+
+
+def interleave(parts: Sequence[jax.Array], blocks: Sequence[int]) -> jax.Array:
+  """One image of many: pixel `(i, j)` of every part goes into block `(i, j)`.
+
+  Args:
+    parts: one `(B, ..., C)` for each position inside a block, in row-major order.
+    blocks: factor by which each spatial axis grows.
+
+  Returns:
+    `(B, block * ..., C)`.
+
+  Example:
+    >>> parts = [jnp.full((1, 2, 1), k) for k in (1, 2, 3)]
+    >>> interleave(parts, (3,))[0, :, 0].tolist()
+    [1, 2, 3, 1, 2, 3]
+  """
+  # on an axis of their own, for XLA takes longer where they lie among the channels
+  stacked = jnp.stack(parts, -2)
+  *outer, _, channels = stacked.shape
+  return _merged(stacked.reshape(*outer, *blocks, channels), len(blocks))
+
+
+def _merged(parts, rank):
+  """`(B, ..., blocks, C)` with each block's axis beside its axis of the image."""
+  axes = [axis for k in range(1, rank + 1) for axis in (k, k + rank)]
+  mixed = parts.transpose(0, *axes, 2 * rank + 1)
   for axis in range(1, rank + 1):  # one at a time, as explicit mesh axes need it
     mixed = lax.collapse(mixed, axis, axis + 2)
   return mixed

@@ -4,7 +4,8 @@
 than what is here: shifted images, compared or added.
 
 Arrays are `(B, ..., C)`, channels last, with any number of spatial axes. Gradients are
-those of autodiff; of the maximum bit for bit. Reverse mode only.
+those of autodiff; of the maximum bit for bit, for finite images and but for the sign of
+zeros. Reverse mode only.
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 
 from jaxadv import canonical, patches
 
@@ -129,18 +130,24 @@ def sum_windows(
 
 
 class _Windows(NamedTuple):
-  """Where windows lie, per spatial axis."""
+  """Where windows lie; one number per spatial axis."""
 
-  sides: tuple[int, ...]
+  window: tuple[int, ...]
   strides: tuple[int, ...]
   pads: patches.Pads
-  image: tuple[int, ...]
+  sides: tuple[int, ...]
 
 
 def _windows(image, window, strides, padding):
   rank = image.ndim - 2
   sides, steps = (window,) * rank, (strides or window,) * rank
   return sides, steps, patches.pads(image.shape[1:-1], sides, steps, padding)
+
+
+def _columns(image, windows, **options):
+  return patches.columns(
+    image, windows.window, windows.strides, windows.pads, **options
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -150,7 +157,7 @@ def _max(image, windows):
 
 def _max_forward(image, windows):
   """The maximum, and the position inside its window of the first pixel that has it."""
-  parts = patches.columns(image, *windows[:3], fill=-jnp.inf)
+  parts = _columns(image, windows, fill=-jnp.inf)
   best, where = parts[0], jnp.zeros(parts[0].shape, jnp.uint8)
   for position, part in enumerate(parts[1:], 1):
     where = jnp.where(part > best, jnp.uint8(position), where)
@@ -159,7 +166,9 @@ def _max_forward(image, windows):
 
 
 def _max_backward(windows, where, cotangent):
-  return (_spread(cotangent, windows, where),)
+  apart = all(n <= s for n, s in zip(windows.window, windows.strides, strict=True))
+  join = _dilated if apart else _interleaved
+  return (join(_phases(cotangent, windows, where), windows),)
 
 
 _max.defvjp(_max_forward, _max_backward)
@@ -167,65 +176,89 @@ _max.defvjp(_max_forward, _max_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _sum(image, windows):
-  wide = image.astype(jnp.promote_types(image.dtype, jnp.float32))
-  parts = patches.columns(wide, *windows[:3])
-  return functools.reduce(jnp.add, parts).astype(image.dtype)
+  return _sum_forward(image, windows)[0]
 
 
 def _sum_forward(image, windows):
-  return _sum(image, windows), None
+  wide = image.astype(jnp.promote_types(image.dtype, jnp.float32))
+  return functools.reduce(jnp.add, _columns(wide, windows)).astype(image.dtype), None
 
 
 def _sum_backward(windows, _, cotangent):
   wide = cotangent.astype(jnp.promote_types(cotangent.dtype, jnp.float32))
-  return (_spread(wide, windows).astype(cotangent.dtype),)
+  found = _interleaved(_phases(wide, windows), windows)
+  return (found.astype(cotangent.dtype),)
 
 
 _sum.defvjp(_sum_forward, _sum_backward)
 
 
-def _spread(cotangent, windows, where=None):
+def _phases(cotangent, windows, where=None):
   """What windows send back to the pixels they saw, or to the one that `where` tells.
 
-  The phases of the stride one by one, then interleaved. As a sum over all taps, with
-  zeros between the pixels, XLA would compute what the cotangent comes from once more
-  for each tap, in one loop full of branches.
+  Tap `k` of window `q` saw row `i = s q + k - p`: always one of the same phase `i % s`,
+  and there row `i // s = q + (k - p) // s`. A phase that no tap saw is left out.
   """
-  parts = [
-    _phase(cotangent, windows, where, phase)
-    for phase in itertools.product(*map(range, windows.strides))
-  ]
-  mixed = canonical.depth_to_space(jnp.concatenate(parts, -1), windows.strides)
-  return mixed[(slice(None), *map(slice, windows.image))]
-
-
-def _phase(cotangent, windows, where, phase):
-  taps, pads = _seen(windows, cotangent.shape[1:-1], phase)
-  shifts = tuple(max(1, len(own)) for own in taps)
-  columns = lambda array: patches.columns(array, shifts, (1,) * len(shifts), pads)
-  parts = columns(cotangent)
-  if not all(taps):
-    return jnp.zeros_like(parts[0])
+  taps = itertools.product(*map(range, windows.window))
+  seen = [_seen(tap, windows) for tap in taps]
+  shifts = [shift for shift, _ in seen]
+  given = _shifted(cotangent, shifts, windows)
   if where is not None:
-    inside = itertools.product(*taps)
-    positions = [int(np.ravel_multi_index(tap, windows.sides)) for tap in inside]
-    parts = [
-      jnp.where(found == position, part, jnp.zeros((), part.dtype))
-      for found, position, part in zip(columns(where), positions, parts, strict=True)
+    told, zero = _shifted(where, shifts, windows), jnp.zeros((), cotangent.dtype)
+    given = [
+      jnp.where(found == position, part, zero)
+      for position, (found, part) in enumerate(zip(told, given, strict=True))
     ]
-  return functools.reduce(jnp.add, parts)
+  phases: dict[tuple[int, ...], jax.Array] = {}
+  for (_, phase), part in reversed(list(zip(seen, given, strict=True))):
+    phases[phase] = phases[phase] + part if phase in phases else part
+  return phases
 
 
-def _seen(windows, made, phase):
-  """Per axis the taps that saw a phase, and pads that put their windows beside it.
+def _seen(tap, windows):
+  """By how many rows a tap shifts windows, and the phase of the rows; per axis both."""
+  axes = zip(tap, windows.pads, windows.strides, strict=True)
+  shift, phase = zip(*(divmod(k - low, s) for k, (low, _), s in axes), strict=True)
+  return shift, phase
 
-  Row `s j + r` was seen by tap `k` of window `j + (r + p - k) / s` where that is whole.
+
+def _shifted(array, shifts, windows):
+  """By every shift, with as many rows as phases have, and zeros around."""
+  rows = [-(-n // s) for n, s in zip(windows.sides, windows.strides, strict=True)]
+  most = [max(own) for own in zip(*shifts, strict=True)]
+  least = [min(own) for own in zip(*shifts, strict=True)]
+  axes = zip(most, least, rows, array.shape[1:-1], strict=True)
+  edges = [(high, n - low - made, 0) for high, low, n, made in axes]
+  zero = jnp.zeros((), array.dtype)
+  full = lax.pad(array, zero, [(0, 0, 0), *edges, (0, 0, 0)])
+  parts = []
+  for shift in shifts:
+    starts = [high - k for high, k in zip(most, shift, strict=True)]
+    spans = [slice(k, k + n) for k, n in zip(starts, rows, strict=True)]
+    parts.append(full[(slice(None), *spans)])
+  return parts
+
+
+def _interleaved(phases, windows):
+  """The image whose phases they are.
+
+  XLA computes what these come from once for each of them, in `_dilated` for every tap.
   """
-  taps, pads = [], []
-  axes = zip(phase, made, *windows, strict=True)
-  for r, count, side, stride, (low, _), pixels in axes:
-    ahead, first = divmod(r + low, stride)
-    taps.append(range(first, side, stride)[::-1])  # the last one met the first window
-    rows, reach = -(-pixels // stride), max(0, len(taps[-1]) - 1)
-    pads.append((reach - ahead, rows + ahead - count))
-  return taps, tuple(pads)
+  every = list(itertools.product(*map(range, windows.strides)))
+  if len(phases) < len(every):
+    return _dilated(phases, windows)
+  # not by `interleave`: XLA sees there that a sum gives all the same, and repeats it
+  parts = jnp.concatenate([phases[phase] for phase in every], -1)
+  mixed = canonical.depth_to_space(parts, windows.strides)
+  return mixed[(slice(None), *map(slice, windows.sides))]
+
+
+def _dilated(phases, windows):
+  """The same as a sum, with zeros between the rows: one loop over the image."""
+  parts = []
+  for phase, part in phases.items():
+    axes = zip(phase, windows.strides, windows.sides, part.shape[1:-1], strict=True)
+    edges = [(r, n - r - (rows - 1) * s - 1, s - 1) for r, s, n, rows in axes]
+    zero = jnp.zeros((), part.dtype)
+    parts.append(lax.pad(part, zero, [(0, 0, 0), *edges, (0, 0, 0)]))
+  return functools.reduce(jnp.add, parts)

@@ -308,6 +308,49 @@ def test_pools_with_overlap_and_padding(side, window, stride, padding):
     )
 
 
+@pytest.mark.parametrize(
+  ("window", "strides", "pads"),
+  [
+    ((3,), (2,), ((2, 0),)),
+    ((5,), (3,), ((1, 2),)),
+    ((3, 2), (1, 2), ((1, 1), (0, 1))),
+    ((2, 4), (5, 3), ((0, 0), (3, 1))),
+    ((2, 3, 2), (2, 2, 1), ((0, 0), (1, 2), (0, 1))),
+  ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_windows_of_other_sides_along_every_axis(window, strides, pads, dtype):
+  rng, rank = np.random.default_rng(0), len(window)
+  image = jnp.asarray(rng.integers(-3, 3, (2, *range(9, 9 + rank), 3)), dtype)
+  over = [(1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0))]
+  for ours, start, operation in [
+    (pooling.max_windows, -jnp.inf, lax.max),
+    (pooling.sum_windows, 0, lax.add),
+  ]:
+    start = jnp.asarray(start, dtype)
+    theirs = lambda x, a=start, b=operation: lax.reduce_window(x, a, b, *over)
+    got, our_pull = jax.vjp(lambda x, f=ours: f(x, window, strides, pads), image)
+    want, pull = jax.vjp(theirs, image)
+    cotangent = jnp.asarray(rng.integers(-3, 3, want.shape), dtype)  # sums are exact
+    helpers.assert_trees_equal((got, *our_pull(cotangent)), (want, *pull(cotangent)))
+
+
+@pytest.mark.parametrize("pool", [pooling.max_pool, pooling.avg_pool])
+@pytest.mark.parametrize(("window", "stride"), [(2, 2), (3, 2), (3, 1), (2, 3)])
+def test_the_gradient_of_a_pool_has_a_gradient(pool, window, stride):
+  image = jax.random.normal(jax.random.key(0), (1, 7, 7, 1))
+  with helpers.x64():
+    image = jnp.asarray(image, jnp.float64)
+    direction = jnp.sin(jnp.arange(49.0)).reshape(image.shape)
+    cost = lambda x: (pool(x, window, strides=stride) ** 3).sum()
+    got = jax.jvp(jax.grad(cost), (image,), (direction,))[1]
+    near = lambda step: jax.grad(cost)(image + step * direction)
+    want = (near(1e-5) - near(-1e-5)) / 2e-5
+    helpers.assert_trees_close(got, want, atol=1e-7)
+    again = jax.grad(lambda x: (jax.grad(cost)(x) * direction).sum())(image)
+    helpers.assert_trees_close(again, want, atol=1e-7)
+
+
 @pytest.mark.parametrize("pool", [pooling.max_pool, pooling.avg_pool])
 def test_what_the_cotangent_comes_from_is_not_computed_for_every_tap(pool):
   image, *others = jax.random.normal(jax.random.key(0), (9, 4, 32, 32, 32))
