@@ -151,7 +151,7 @@ def _class_targets(work, row):
 def _line(title, work, value, limit, *, least=False):
   met = value >= limit if least else value <= limit
   sign = ">=" if least else "<="
-  return [f"{title} {sign} {limit}", work, f"{value:.3g}", "yes" if met else "**no**"]
+  return [f"{title} {sign} {limit}", work, f"{value:.3f}", "yes" if met else "**no**"]
 
 
 def _table(heads, rows):

@@ -5,7 +5,8 @@
 Three sign steps in one compiled loop over a frozen network of `peer_networks`, under
 JAX's profiler, on one pinned core. Operations of the same shapes are one row: their
 wall milliseconds per step, GFLOP/s, and what a product at the measured peak would have
-saved; the rest, which multiplies nothing, is the last row. Five calls, medians.
+saved; the kinds beyond `--rows` are one row, and so is the rest, which multiplies
+nothing. Five calls, medians.
 """
 
 import argparse
@@ -121,6 +122,16 @@ def rows(times, work, best):
   return sorted(table, key=lambda row: (row[0] == "the rest", -row[4]))
 
 
+def shortened(table, most):
+  """The first rows of a table, one for all others that multiply, and the last."""
+  first, others, last = table[:most], table[most:-1], table[-1]
+  if not others:
+    return table
+  count, ms, lost = (sum(row[k] for row in others) for k in (1, 2, 4))
+  gflop = sum(ms * speed for _, _, ms, speed, _ in others)
+  return [*first, ("other products", count, ms, gflop / ms, lost), last]
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("network", help="unet<width> or a classifier of peer_networks")
@@ -141,7 +152,7 @@ def main():
     f"{total:.1f} ms per step, {gflop / total:.0f} GFLOP/s; the peak is {best:.0f}\n\n"
     "| layer | how many | ms | GFLOP/s | ms lost |\n|---|---|---|---|---|"
   )
-  for kind, count, ms, speed, lost in [*table[: options.rows], table[-1]]:
+  for kind, count, ms, speed, lost in shortened(table, options.rows):
     print(f"| {kind} | {count} | {ms:.2f} | {speed:.0f} | {lost:.2f} |")
 
 

@@ -42,3 +42,15 @@ def test_every_product_is_counted_and_timed(profile):
     assert ms * speed / 1e3 == pytest.approx(gflop)
     assert lost == pytest.approx(ms - gflop * 10)
   assert table["the rest"][2] > 0
+
+
+def test_what_is_not_shown_is_added_up(profile):
+  table = [
+    ("a", 1, 2.0, 50.0, 1.0),
+    ("b", 3, 4.0, 25.0, 0.5),
+    ("c", 2, 1.0, 100.0, 0.0),
+  ]
+  rest = ("the rest", 9, 5.0, 0.0, 5.0)
+  got = profile.shortened([*table, rest], 1)
+  assert got == [table[0], ("other products", 5, 5.0, 40.0, 0.5), rest]
+  assert profile.shortened([*table, rest], 3) == [*table, rest]
