@@ -142,13 +142,17 @@ def test_a_finished_run_is_not_computed_again(finished):
 def test_a_new_radius_or_target_compiles_nothing(finished):
   run, _ = finished
   attacked = universal_job.subject(run, "small")
-  traces = []
+  planned, traces = run.plans["to red"], []
 
   def predict(variables, x):
-    traces.append(x.shape)
+    traces.append("victim")
     return attacked.predict(variables, x)
 
-  watched, plan = attacked._replace(predict=predict), run.plans["to red"]
+  def make(*arguments, **options):  # traced at the start, and in every step
+    traces.append("rule")
+    return planned.make(*arguments, **options)
+
+  watched, plan = attacked._replace(predict=predict), planned._replace(make=make)
   crafting.craft(plan, watched, 0.1)
   before = len(traces)
   assert before
