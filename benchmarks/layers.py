@@ -1,19 +1,27 @@
 """A layer inside a compiled loop: as `lax` has it, and as `jaxadv.freeze` rewrites it.
 
     python benchmarks/layers.py [--repeats 5] [--out layers.json]
+    python benchmarks/layers.py --accelerator --batch 64
 
 CPU milliseconds of one forward pass and input gradient inside `fori_loop`, batch 8; the
 process is pinned to one core, and the two take turns. Reported are medians, quartiles
-and the ratio of medians.
+and the ratio of medians. With `--accelerator` it is what the rules for CPU would do
+there, by the wall's clock, and nothing is pinned.
 """
 
 import argparse
 import os
 import pathlib
 import statistics
+import sys
 import time
+from unittest import mock
 
-if __name__ == "__main__" and hasattr(os, "sched_setaffinity"):  # before jax starts
+if (
+  __name__ == "__main__"  # before jax starts
+  and "--accelerator" not in sys.argv
+  and hasattr(os, "sched_setaffinity")
+):
   os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 import flax.linen as nn
@@ -23,7 +31,8 @@ import jax.numpy as jnp
 import jaxadv
 from jaxadv import records
 
-BATCH, STEPS = 8, 8
+ACCELERATOR = "--accelerator" in sys.argv
+STEPS = 64 if ACCELERATOR else 8
 
 
 def _conv(channels, window, **options):
@@ -51,10 +60,10 @@ LAYERS = {
 }
 
 
-def programs(name):
+def programs(name, batch=8):
   """The layer in a loop, plain and frozen, as functions without arguments."""
   layer, side, channels = LAYERS[name]
-  x = jax.random.normal(jax.random.key(0), (BATCH, side, side, channels))
+  x = jax.random.normal(jax.random.key(0), (batch, side, side, channels))
   predict = layer
   if isinstance(layer, nn.Module):
     variables = layer.init(jax.random.key(1), x)
@@ -66,18 +75,21 @@ def programs(name):
     run = jax.jit(lambda x: jax.lax.fori_loop(0, STEPS, step, x))
     return lambda: run(x).block_until_ready()
 
-  return {"lax": loop(predict), "frozen": loop(jaxadv.freeze(predict, x))}
+  with mock.patch.object(jax, "default_backend", return_value="cpu"):  # whose rules
+    frozen = jaxadv.freeze(predict, x)
+  return {"lax": loop(predict), "frozen": loop(frozen)}
 
 
 def measure(calls, repeats):
-  """CPU milliseconds per step, `{name: [one per repeat]}`; the two take turns."""
+  """Milliseconds per step, `{name: [one per repeat]}`; the two take turns."""
+  clock = time.perf_counter if ACCELERATOR else time.process_time
   times = {name: [] for name in calls}
   for turn in range(repeats + 1):
     for name, call in calls.items():
-      start = time.process_time()
+      start = clock()
       call()
       if turn:  # the first compiles
-        times[name].append((time.process_time() - start) / STEPS * 1e3)
+        times[name].append((clock() - start) / STEPS * 1e3)
   return times
 
 
@@ -91,17 +103,20 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
   parser.add_argument("--repeats", type=int, default=7)
+  parser.add_argument("--batch", type=int, default=8)
+  parser.add_argument("--accelerator", action="store_true")
   parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
   options = parser.parse_args()
-  print(f"JAX {jax.__version__}, CPU ms per step: median (quartiles)\n")
+  clock, kind = "wall" if ACCELERATOR else "CPU", jax.devices()[0].device_kind
+  print(f"JAX {jax.__version__}, {kind}, {clock} ms per step: median (quartiles)\n")
   print("| layer | map | `lax` | frozen | times faster |\n|---|---|---|---|---|")
   rows = {}
   for name in options.layers:
-    found = rows[name] = row(measure(programs(name), options.repeats))
+    found = rows[name] = row(measure(programs(name, options.batch), options.repeats))
     _, side, channels = LAYERS[name]
-    cells = ["{1:.2f} ({0:.2f}-{2:.2f})".format(*found[k]) for k in ("lax", "frozen")]
+    cells = ["{1:.3f} ({0:.3f}-{2:.3f})".format(*found[k]) for k in ("lax", "frozen")]
     size = f"{side} x {side} x {channels}"
-    print(f"| {name} | {size} | {' | '.join(cells)} | {found['faster']:.1f} |")
+    print(f"| {name} | {size} | {' | '.join(cells)} | {found['faster']:.2f} |")
   if options.out:
     records.write_json(options.out, {"jax": jax.__version__, "rows": rows})
 

@@ -3,14 +3,14 @@
 A model is traced once, and its program rewritten in passes:
 
 - what does not depend on the image is computed now, outside of any loop;
-- convolutions take over what scales or shifts their channels (`folding`);
+- on CPU, convolutions take over what scales or shifts their channels (`folding`);
 - where asked for, products go to bfloat16 (`narrowing`);
-- what `frozen_rules` knows is replaced by what runs faster. All else stays as it was.
+- what `frozen_rules` has for the backend runs faster. All else stays as it was.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,23 +30,26 @@ _SMALL = 1 << 10  # values: what is no larger may grow when it is computed now
 class _Passes(NamedTuple):
   """Which rewrite a program."""
 
-  faster: bool
+  rules: Mapping[str, frozen_rules.Rule]
+  fold: bool
   bf16: bool
-  once: bool
 
 
 def freeze(
   predict: Predict, x: Any, *, bf16: bool = False, once: bool = False
 ) -> Predict:
-  """The same model with an input gradient that is fast inside loops, on CPU.
+  """The same model with an input gradient that is fast, on CPU inside loops, too.
 
   Value and input gradient are those of `predict` up to rounding. Parameters are
   constants: no gradient reaches them. Convolutions run in the form that XLA is fast
   at, strided and transposed ones phase by phase, 3x3 ones of many channels by Winograd,
   kernels are laid out once, few rows become the right factor of a product, pools do
   without `select_and_scatter`, and norms in evaluation mode go into the convolution
-  before them. On other backends `predict` comes back as it is: nothing was measured
-  to be faster there. Models of `jaxadv.models` are fast without it.
+  before them. On a GPU only what measured faster there: one-pixel kernels and those
+  larger than the map become products, depthwise convolutions sums, blocks dense
+  layers, and pools of windows that do not overlap comparisons. On a TPU, where nothing
+  was measured, `predict` comes back as it is. Models of `jaxadv.models` are fast
+  without it.
 
   Args:
     predict: images to any tree of arrays, with its parameters bound, in evaluation
@@ -74,8 +77,10 @@ def freeze(
     >>> bool(jnp.allclose(frozen(x), predict(x)))
     True
   """
-  passes = _Passes(jax.default_backend() == "cpu", bf16, once)
-  if not (passes.faster or bf16):
+  rules = frozen_rules.ONCE if once else frozen_rules.RULES
+  backend = jax.default_backend()
+  passes = _Passes(rules.get(backend, {}), backend == "cpu", bf16)
+  if not (passes.rules or bf16):
     return predict
   predict = getattr(predict, "frozen_from", predict)
 
@@ -101,7 +106,7 @@ def _program(passes, closed, arguments):
   """A function of the unknown arguments of a jaxpr, to the list of its outputs."""
   steps: list[Step] = []
   outputs = _flatten(closed, arguments, steps)
-  steps = folding.fold(steps, outputs) if passes.faster else steps
+  steps = folding.fold(steps, outputs) if passes.fold else steps
   steps = narrowing.narrow(steps) if passes.bf16 else steps
   calls = [(_rewritten(passes, step), step) for step in steps]
   given = [value for value in arguments if isinstance(value, Unknown)]
@@ -191,8 +196,7 @@ def _rewritten(passes, step):
   """The call of a step, by the rule for its primitive where that has one."""
   if step.name in _HOLDERS:
     return _HOLDERS[step.name](step, functools.partial(_inner, passes))
-  rules = frozen_rules.ONCE if passes.once else frozen_rules.RULES
-  rule = rules.get(step.name) if passes.faster and step.unknown else None
+  rule = passes.rules.get(step.name) if step.unknown else None
   return (rule and rule(step)) or step.call
 
 

@@ -1,4 +1,4 @@
-"""What `freeze` puts in the place of primitives: a table, and a rule for each entry.
+"""What `freeze` puts in the place of primitives: tables, and a rule for each entry.
 
 A rule gets a step, and returns a function of the step's inputs to the list of its
 outputs, or `None` where it has nothing better than the primitive.
@@ -22,8 +22,29 @@ Rule = Callable[[Step], Callable[..., list[Any]] | None]
 _TAPS = 64  # windows with more are left to XLA: each tap is an operation of its own
 
 
+class _How(NamedTuple):
+  """What is static about a convolution: its sides, and whether it is the transpose."""
+
+  spec: convolving.Spec
+  sides: tuple[int, ...]
+  transposed: bool
+
+
 def convolution(step, *, once=False):
   """A convolution, or a transposed one, whose transpose is an ordinary convolution."""
+  found = _read(step)
+  return found and _placed(step, _fastest(found, step.outputs[0].aval, once))
+
+
+def convolution_on_gpu(step):
+  """Those that cuDNN is slow at: as matrix products, or depthwise as sums."""
+  found = _read(step)
+  slow = found and _is_slow_on_gpu(found, step)
+  return _placed(step, _canonical(*found)) if slow else None
+
+
+def _read(step):
+  """The kernel `(..., C / groups, F)` and how it is applied, `None` without a rule."""
   params, (_, kernel) = step.params, step.inputs
   numbers, spread = params["dimension_numbers"], max(params["lhs_dilation"]) > 1
   dtype, size = step.outputs[0].aval.dtype, step.outputs[0].aval.size
@@ -38,10 +59,14 @@ def convolution(step, *, once=False):
     return None
   out, own, given = numbers.rhs_spec[0], numbers.rhs_spec[1], numbers.rhs_spec[2:]
   kernel = jnp.transpose(kernel, (*given, own, out))
-  how, kernel = (_transposed if spread else _plain)(step, kernel)
-  linear = _fastest(kernel, how, size // kernel.shape[-1], dtype, once)
-  before = _last(numbers.lhs_spec)
-  after = tuple(sorted(range(kernel.ndim), key=_last(numbers.out_spec).__getitem__))
+  return (_transposed if spread else _plain)(step, kernel)
+
+
+def _placed(step, linear):
+  """The linear function with the axes of the step."""
+  numbers = step.params["dimension_numbers"]
+  before, to = _last(numbers.lhs_spec), _last(numbers.out_spec)
+  after = tuple(sorted(range(len(to)), key=to.__getitem__))
 
   def call(image, _):
     found = linear(jnp.transpose(image, before))
@@ -50,8 +75,11 @@ def convolution(step, *, once=False):
   return call
 
 
-def _fastest(kernel, how, pixels, dtype, once):
-  spec, exact = how.spec, jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
+def _fastest(found, out, once):
+  """On CPU."""
+  kernel, how = found
+  spec, pixels = how.spec, out.size // kernel.shape[-1]
+  exact = jnp.issubdtype(out.dtype, jnp.floating) and out.dtype.itemsize >= 4
   if not how.transposed and _lasts(kernel, once):
     if spec.groups == 1 and few_rows.pays(pixels, kernel.size):
       return _product_of_seen(kernel, spec)
@@ -59,7 +87,25 @@ def _fastest(kernel, how, pixels, dtype, once):
       tiled = winograd.How(spec.pads, spec.precision)
       both = _tiles(kernel)
       return lambda image: winograd.convolve(image, both, tiled)
-  weights = kernel, _layouts(kernel, spec)
+  return _canonical(kernel, how)
+
+
+def _is_slow_on_gpu(found, step):
+  """As measured: one tap, less map than taps, depthwise, blocks that are apart."""
+  kernel, how = found
+  spec, window = how.spec, kernel.shape[:-2]
+  if how.transposed:
+    return window == spec.strides
+  if spec.groups > 1:
+    return spec.groups == kernel.shape[-1]
+  numbers, shape = step.params["dimension_numbers"], step.outputs[0].aval.shape
+  made = math.prod(shape[axis] for axis in numbers.out_spec[2:])
+  taps = math.prod(window)
+  return set(spec.strides) == {1} and (taps == 1 or made < taps)
+
+
+def _canonical(kernel, how):
+  weights = kernel, _layouts(kernel, how.spec)
   return lambda image: _linear(image, weights, how)
 
 
@@ -73,14 +119,6 @@ def _tiles(kernel):
   return winograd.layout(kernel), winograd.layout(canonical.turned(kernel, 1))
 
 
-class _How(NamedTuple):
-  """What is static about a convolution: its sides, and whether it is the transpose."""
-
-  spec: convolving.Spec
-  sides: tuple[int, ...]
-  transposed: bool
-
-
 def _plain(step, kernel):
   params = step.params
   spec = convolving.Spec(
@@ -92,7 +130,7 @@ def _plain(step, kernel):
   )
   shape, numbers = step.inputs[0].aval.shape, params["dimension_numbers"]
   sides = tuple(shape[axis] for axis in numbers.lhs_spec[2:])
-  return _How(spec, sides, False), kernel
+  return kernel, _How(spec, sides, False)
 
 
 def _transposed(step, kernel):
@@ -109,7 +147,7 @@ def _transposed(step, kernel):
   spec = convolving.Spec(
     params["lhs_dilation"], pads, dilation, groups, params["precision"]
   )
-  return _How(spec, sides, True), canonical.turned(kernel, groups)
+  return canonical.turned(kernel, groups), _How(spec, sides, True)
 
 
 _layouts = jax.jit(canonical.layouts, static_argnums=1)
@@ -180,6 +218,13 @@ def max_pool(step):
   return _windows(step, pooling.max_windows)
 
 
+def max_pool_on_gpu(step):
+  """Where windows do not overlap: there alone it is faster."""
+  params = step.params
+  sides = zip(params["window_dimensions"], params["window_strides"], strict=True)
+  return max_pool(step) if all(n <= s for n, s in sides) else None
+
+
 def sum_pool(step):
   """A sum of shifted images; of whole axes, a plain sum."""
   params, sides = step.params, step.inputs[0].aval.shape
@@ -212,16 +257,25 @@ def _windows(step, pool):
   return call
 
 
-# for a program of more than one gradient
-RULES: Mapping[str, Rule] = {
-  "conv_general_dilated": convolution,
-  "dot_general": product,
-  "reduce_window_max": max_pool,
-  "reduce_window_sum": sum_pool,
+# backend -> primitive -> rule, for a program of more than one gradient
+RULES: Mapping[str, Mapping[str, Rule]] = {
+  "cpu": {
+    "conv_general_dilated": convolution,
+    "dot_general": product,
+    "reduce_window_max": max_pool,
+    "reduce_window_sum": sum_pool,
+  },
+  "gpu": {
+    "conv_general_dilated": convolution_on_gpu,
+    "reduce_window_max": max_pool_on_gpu,
+  },
 }
 # for a program of one
-ONCE: Mapping[str, Rule] = {
-  **RULES,
-  "conv_general_dilated": functools.partial(convolution, once=True),
-  "dot_general": functools.partial(product, once=True),
+ONCE: Mapping[str, Mapping[str, Rule]] = {
+  "cpu": {
+    **RULES["cpu"],
+    "conv_general_dilated": functools.partial(convolution, once=True),
+    "dot_general": functools.partial(product, once=True),
+  },
+  "gpu": RULES["gpu"],
 }

@@ -625,15 +625,54 @@ def test_what_the_model_raises_comes_at_once():
     jaxadv.freeze(lambda x: x @ jnp.ones((7, 2)), jnp.ones((2, 5)))
 
 
-def test_elsewhere_than_on_cpu_the_model_is_left_alone(flax, monkeypatch):
+def test_where_nothing_was_measured_the_model_is_left_alone(flax, monkeypatch):
   predict, x = flax
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert jaxadv.freeze(predict, x) is predict
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_by_the_rules_for_a_gpu_random_networks_keep_theirs(seed, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  with helpers.x64():
+    _check(*_network(seed))
+
+
+# layer, side of its image of 8 channels, what its gradient is made of
+GPU_LAYERS = {
+  "one tap": (nn.Conv(16, (1, 1)), 8, {"dot_general"}),
+  "one tap, stride 2": (nn.Conv(16, (1, 1), 2), 8, {"conv_general_dilated"}),
+  "small map": (nn.Conv(16, (3, 3)), 2, {"dot_general"}),
+  "large map": (nn.Conv(16, (3, 3)), 3, {"conv_general_dilated"}),
+  "depthwise": (nn.Conv(8, (3, 3), 2, feature_group_count=8), 8, set()),
+  "groups": (nn.Conv(8, (3, 3), feature_group_count=2), 2, {"conv_general_dilated"}),
+  "blocks": (
+    nn.ConvTranspose(4, (2, 2), (2, 2)),
+    8,
+    {"dot_general", "conv_general_dilated"},
+  ),
+  "overlapping": (nn.ConvTranspose(4, (4, 4), (2, 2)), 8, {"conv_general_dilated"}),
+  "maxima apart": (lambda x: nn.max_pool(x, (2, 2), (2, 2)), 8, set()),
+  "maxima": (lambda x: nn.max_pool(x, (3, 3), (2, 2)), 8, {"select_and_scatter_add"}),
+  "norm": (nn.BatchNorm(use_running_average=True), 8, set()),
+}
+
+
+@pytest.mark.parametrize("name", GPU_LAYERS)
+def test_on_a_gpu_what_measured_faster_is_rewritten_and_nothing_else(name, monkeypatch):
+  layer, side, products = GPU_LAYERS[name]
+  x = jax.random.normal(jax.random.key(0), (2, side, side, 8))
+  predict = _bound(layer, x) if isinstance(layer, nn.Module) else layer
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  gradient = jax.grad(lambda x: jnp.square(jaxadv.freeze(predict, x)(x)).sum())
+  slow = {"conv_general_dilated", "dot_general", "select_and_scatter_add"}
+  assert set(_primitives(gradient, x)) & slow == products
+  _check(predict, x, 1e-5)
 
 
 def test_every_rule_is_met_by_the_random_networks():
   met = set()
   for seed in range(24):
     predict, x = _network(seed)
-    met |= set(_primitives(predict, x)) & set(frozen_rules.RULES)
-  assert met == set(frozen_rules.RULES)
+    met |= set(_primitives(predict, x)) & set(frozen_rules.RULES["cpu"])
+  assert met == set(frozen_rules.RULES["cpu"])
