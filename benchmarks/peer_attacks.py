@@ -6,7 +6,7 @@ do not judge by themselves are followed by one forward pass, and `bare` has one 
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -30,10 +30,12 @@ class Program(NamedTuple):
     call: to the share of images, or of pixels, that it fooled; `bare` moves nothing.
     logits: of its model on the clean images, channels last, to be compared; `None`
       where they are of lower precision.
+    costs: of a step outside of a loop, as XLA counts them.
   """
 
   call: Callable[[], float | None]
   logits: np.ndarray | None
+  costs: Mapping[str, float] = {}
 
 
 def _torch(form):
@@ -66,8 +68,8 @@ def _judged(network, image, y):
 
 
 def _numpy(network, x):
-  with peer_networks.import_torch().no_grad():
-    return np.moveaxis(network(x).numpy(), 1, -1)
+  with peer_networks.import_torch().no_grad(), peer_networks.exact():
+    return np.moveaxis(network(x).cpu().numpy(), 1, -1)
 
 
 def _theirs(networks):
@@ -86,7 +88,7 @@ def _torchattacks(networks, steps):
 def _foolbox_torch(networks, steps):
   library = importlib.import_module("foolbox")
   network, x, y, logits = _theirs(networks)
-  model = library.PyTorchModel(network, (0, 1), device="cpu")
+  model = library.PyTorchModel(network, (0, 1), device=peer_networks.device())
   return Program(_foolbox(library, model, x, y, steps), logits)
 
 
@@ -95,7 +97,7 @@ def _foolbox_jax(networks, steps):
   predict, x = jax.jit(networks.ours), jnp.asarray(networks.x)
   model = library.JAXModel(predict, (0, 1))
   call = _foolbox(library, model, x, jnp.asarray(networks.y), steps)
-  return Program(call, np.asarray(predict(x)))
+  return Program(call, _logits(networks, "plain"))
 
 
 def _foolbox(library, model, x, y, steps):
@@ -103,7 +105,7 @@ def _foolbox(library, model, x, y, steps):
 
   def call():
     _, _, fooled = attack(model, x, y, epsilons=EPS)
-    return float(np.asarray(fooled).mean())
+    return float(np.mean(fooled.tolist()))
 
   return call
 
@@ -119,12 +121,12 @@ def _art(networks, steps):
     tuple(x.shape[1:]),
     logits.shape[-1],
     clip_values=(0, 1),
-    device_type="cpu",
+    device_type="cpu" if peer_networks.device() == "cpu" else "gpu",
   )
   attack = evasion.ProjectedGradientDescent(
     model, eps=EPS, eps_step=STEP, max_iter=steps, batch_size=len(x), verbose=False
   )
-  x, y = x.numpy(), y.numpy()
+  x, y = x.cpu().numpy(), y.cpu().numpy()
 
   def call():
     found = model.predict(attack.generate(x, y), batch_size=len(x))
@@ -176,7 +178,8 @@ def _ours(networks, run, y, logits):
 def _logits(networks, form):
   predict = _model(networks, form)
   logits = peer_networks.once(lambda x: types.call(predict, x)[0])
-  return np.asarray(logits(networks.x))
+  with peer_networks.exact():
+    return np.asarray(logits(networks.x))
 
 
 def _model(networks, form):
@@ -197,14 +200,14 @@ def _bare(form):
       scores = nn.log_softmax(types.call(predict, x)[0])
       return jnp.take_along_axis(scores, y[..., None], -1).mean()
 
-    gradient = jax.jit(jax.value_and_grad(cost))
+    gradient = jax.jit(jax.value_and_grad(cost)).lower(x).compile()
 
     def call():
       for _ in range(steps):
-        jax.block_until_ready(gradient(x))
-      jax.block_until_ready(logits(x))
+        found = gradient(x)
+      jax.block_until_ready((found, logits(x)))
 
-    return Program(call, np.asarray(logits(x)))
+    return Program(call, _logits(networks, form), gradient.cost_analysis() or {})
 
   return make
 
@@ -248,6 +251,7 @@ CLASSES = {
   "torch channels-last": _torch("channels-last"),
   "torch folded": _torch("folded"),
   "torch compiled": _torch("compiled"),
+  "torch graphs": _torch("graphs"),
   "torch bf16": _torch("bf16"),
   "torchattacks": _torchattacks,
   "foolbox torch": _foolbox_torch,

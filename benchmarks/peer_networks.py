@@ -28,6 +28,8 @@ from jaxadv.models import convert
 __all__ = [
   "Networks",
   "build",
+  "device",
+  "exact",
   "for_jax",
   "for_torch",
   "import_advlib",
@@ -40,6 +42,8 @@ __all__ = [
 CLASSES = 1000
 # LLVM in a hurry, for programs that run once
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# form of a PyTorch network -> mode of its compiler
+COMPILED = {"compiled": "default", "graphs": "reduce-overhead"}
 # name of a network -> ours, that of torchvision, and options of theirs
 CLASSIFIERS = {
   "resnet50": (models.resnet50, "resnet50", {}),
@@ -225,21 +229,22 @@ def _torch_unet(variables, width, masks):
 
 
 def torch_form(network, form: str):
-  """A copy of a module as `plain`, `channels-last`, `folded`, `compiled` or `bf16`.
+  """A copy of a module as `plain`, `channels-last`, `folded`, or in another form.
 
-  Each has what the one before it has; `bf16` is `folded` in bfloat16.
+  Each has what the one before it has. `compiled` is `folded`, too, `graphs` is that
+  replayed as CUDA graphs, and `bf16` is `folded` in bfloat16.
   """
   torch = import_torch()
   network = copy.deepcopy(network)
-  if form in ("folded", "compiled", "bf16"):
+  if form in ("folded", "bf16", *COMPILED):
     network = importlib.import_module("torch.fx.experimental.optimization").fuse(
       network
     )
-  network = network.requires_grad_(False)
+  network = network.requires_grad_(False).to(device())
   if form != "plain":
     network = network.to(memory_format=torch.channels_last)
-  if form == "compiled":
-    return torch.compile(network)
+  if form in COMPILED:
+    return torch.compile(network, mode=COMPILED[form])
   if form == "bf16":
     half = network.to(torch.bfloat16)
     return lambda x: half(x.to(torch.bfloat16)).float()
@@ -251,14 +256,39 @@ def for_torch(networks: Networks, form: str = "plain"):
   torch = import_torch()
   image = torch.from_numpy(networks.x).permute(0, 3, 1, 2)
   layout = torch.contiguous_format if form == "plain" else torch.channels_last
-  return image.contiguous(memory_format=layout), torch.from_numpy(networks.y).long()
+  image = image.contiguous(memory_format=layout)
+  return image.to(device()), torch.from_numpy(networks.y).long().to(device())
 
 
 def import_torch():
-  """PyTorch on one thread."""
+  """PyTorch on one thread; on a GPU with products in TF32, as in JAX."""
   torch = importlib.import_module("torch")
   torch.set_num_threads(1)
+  _allow_tf32(True)
   return torch
+
+
+@contextlib.contextmanager
+def exact():
+  """Products are of float32 inside, on a GPU, too, where TF32 with 10 bits is usual."""
+  try:
+    _allow_tf32(False)
+    with jax.default_matmul_precision("highest"):
+      yield
+  finally:
+    _allow_tf32(True)
+
+
+def _allow_tf32(allowed):
+  torch = sys.modules.get("torch")
+  if torch and device() == "cuda":
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def device() -> str:
+  """What PyTorch calls the device that JAX runs on."""
+  return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
 def import_torchvision():

@@ -13,13 +13,12 @@ def markdown(report: dict[str, Any]) -> str:
   settings, rows = report["settings"], report["rows"]
   versions = ", ".join(f"{name} {v}" for name, v in settings["versions"].items())
   kept = "kept" if settings["keeps_memory"] else "given back"
-  text = [
-    f"{versions}; XLA_FLAGS {settings['xla_flags'] or 'not set'!r}; memory {kept}."
-  ]
+  flags, device = settings["xla_flags"] or "not set", settings["device"]
+  text = [f"{versions}; XLA_FLAGS {flags!r}; memory {kept}; device {device}."]
   for kind in ("classes", "masks"):
     chosen = {name: row for name, row in rows.items() if row.get("kind") == kind}
     if chosen:
-      text += [_times(chosen), _errors(chosen)]
+      text += [_times(chosen, _clock(report)), _errors(chosen)]
   for name, table in (("compile", _compile), ("universal", _universal)):
     if name in rows:
       text.append(table(rows[name]))
@@ -27,11 +26,19 @@ def markdown(report: dict[str, Any]) -> str:
   return "\n\n".join(part for part in text if part)
 
 
-def _times(rows):
-  """CPU ms per step and quartiles: a column per work, four works a table."""
+def _clock(report):
+  return "CPU" if report["settings"]["device"] == "cpu" else "Wall"
+
+
+def _times(rows, clock):
+  """Ms per step and quartiles: a column per work, four works a table."""
   names = list(dict.fromkeys(name for row in rows.values() for name in row["programs"]))
-  heads = ["steps of a call", "GFLOP of a step", "peak, GFLOP/s", "ours, of it", *names]
-  tables = ["CPU ms per step (quartiles)"]
+  heads = ["steps of a call", "GFLOP of a step", "peak, GFLOP/s", "ours, of it"]
+  if clock == "Wall":
+    heads += ["bf16 peak, GFLOP/s", "ours in bf16, of it"]
+    heads += ["GB of a step", "copy, GB/s", "bare, of it"]
+  heads += names
+  tables = [f"{clock} ms per step (quartiles)"]
   for first in range(0, len(rows), 4):
     works = list(rows)[first : first + 4]
     columns = [_column(rows[work], names) for work in works]
@@ -45,7 +52,19 @@ def _column(row, names):
   share = _share(row)
   shown = "-" if share is None else f"{share:.0%}"
   peak = max(row["peak"].values())
-  return [str(row["steps"]), f"{row['gflop']:.1f}", f"{peak:.0f}", shown, *cells]
+  head = [str(row["steps"]), f"{row['gflop']:.1f}", f"{peak:.0f}", shown]
+  return [*head, *_other_shares(row), *cells]
+
+
+def _other_shares(row):
+  """What an accelerator could do, and what steps make of it."""
+  if not row["others"]:
+    return []
+  product, copy = row["others"]["product in bf16"], row["others"]["copy"]
+  per_s = lambda name: 1e3 / row["programs"].get(name, {}).get("ms", float("inf"))
+  half, moved = row["gflop"] * per_s("bf16"), row["gbyte"] * per_s("bare")
+  shares = [f"{half / product:.0%}", f"{row['gbyte']:.2f}", f"{copy:.0f}"]
+  return [f"{product:.0f}", *shares, f"{moved / copy:.0%}"]
 
 
 def _cell(row):
@@ -107,9 +126,10 @@ def targets(report: dict[str, Any]) -> list[list[str]]:
   """Target, work, what was measured, and whether it is met."""
   found: list[list[str]] = []
   rows = report["rows"]
+  of_a_work = _class_targets if _clock(report) == "CPU" else _other_targets
   for work, row in rows.items():
     if row.get("kind") == "classes":
-      found += _class_targets(work, row)
+      found += of_a_work(work, row)
   for work, row in rows.get("compile", {}).items():
     for form, warm in row["warm"].items():
       found.append(_line(f"warm start, {form}", work, sum(warm.values()), 0.2))
@@ -126,7 +146,16 @@ def targets(report: dict[str, Any]) -> list[list[str]]:
   return found
 
 
-def _class_targets(work, row):
+def _other_targets(work, row):
+  """Of an accelerator."""
+  _, lines, ratio = _ratios(work, row)
+  ratio("loop / bare, ours", "plain", "bare", 1.03)
+  ratio("loop / bare, frozen Flax", "frozen", "bare flax", 1.03)
+  return lines
+
+
+def _ratios(work, row):
+  """Times, a list of lines, and what adds a line to it."""
   programs = row["programs"]
   ms = {name: program["ms"] for name, program in programs.items() if "ms" in program}
   lines = []
@@ -135,6 +164,11 @@ def _class_targets(work, row):
     if name in ms and base in ms:
       lines.append(_line(title, work, ms[name] / ms[base], limit))
 
+  return ms, lines, ratio
+
+
+def _class_targets(work, row):
+  ms, lines, ratio = _ratios(work, row)
   ratio("loop / bare, ours", "plain", "bare", 1.00)
   ratio("loop / bare, frozen Flax", "frozen", "bare flax", 1.05)
   best = min(FLOAT32, key=lambda name: ms.get(name, float("inf")))
@@ -199,6 +233,8 @@ def plot(report: dict[str, Any], path: Any) -> None:
   ticks = (0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
   axes.set_xticks(ticks, map(str, ticks))
   axes.minorticks_off()
-  axes.set_xlabel("CPU time per step, relative to channels-last PyTorch, norms folded")
+  axes.set_xlabel(
+    f"{_clock(report)} time per step, relative to channels-last PyTorch, norms folded"
+  )
   axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
   figure.savefig(path, dpi=150)

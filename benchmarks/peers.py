@@ -2,6 +2,7 @@
 
     make peers    # or, where they are installed
     python benchmarks/peers.py [--work unet32-128-b1 ...] [--out peers.json]
+    python benchmarks/peers.py --accelerator --steps 40    # on a GPU
 
 Per work, every program attacks the same images of the same network with the same
 weights, which is checked; `peer_attacks` says what a call is. The process is pinned to
@@ -16,6 +17,10 @@ beside it.
 PGD is in Linf, 8/255 by steps of 2/255, without random start. Steps per call are fewer
 than 40 where the network is large (`--steps` sets them for all): ms per step hardly
 depends on them, but for the one forward pass at the end, which all programs have.
+
+With `--accelerator` the clock is the wall's, nothing is pinned, and products are in
+TF32 in both libraries, as they come; a product in bfloat16 and a copy, which is the
+bandwidth, take turns with the rest.
 """
 
 import argparse
@@ -31,9 +36,12 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-if __name__ == "__main__" and hasattr(os, "sched_setaffinity"):  # before jax starts
+if "--accelerator" in sys.argv:  # before jax starts
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others need some
+elif __name__ == "__main__" and hasattr(os, "sched_setaffinity"):
   os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
   os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
@@ -86,18 +94,26 @@ WORKS = {
   "masks-unet64-128-b1": Work("unet64", 128, 1, 4, "masks"),
   "masks-unet32-256-b1": Work("unet32", 256, 1, 4, "masks"),
 }
-# an hour together; only by name
+# an hour together on one core; only by name
 LARGE = {
   "unet32-256-b8": Work("unet32", 256, 8, 2, leave_out=SLOW),
   "unet64-128-b8": Work("unet64", 128, 8, 2, leave_out=SLOW),
   "unet64-256-b8": Work("unet64", 256, 8, 1, leave_out=SLOW),
+  "unet32-128-b64": Work("unet32", 128, 64, 1, leave_out=SLOW),
+  "resnet50-224-b64": Work("resnet50", 224, 64, 1, leave_out=SLOW),
 }
 TINY = {"tiny": Work("unet16", 64, 2, 8)}
 OTHERS = ("compile", "universal")
 COMPILED = ("unet32-128-b1", "resnet50-64-b8")
-SIDE = 2048  # of the matrices whose product is the peak
-PEAK = 2 * SIDE**3 / 1e9  # GFLOP of it
+GRAPHS = ("torch graphs",)  # programs that CPU has not
 TOLERANCE = 1e-3  # of logits, relative to the largest: float32, norms folded or not
+
+
+class Ceiling(NamedTuple):
+  """What the machine can do at most: `amount` of GFLOP or GB per `call`."""
+
+  call: Callable[[], Any]
+  amount: float
 
 
 def measure_work(work: Work, options) -> dict[str, Any]:
@@ -108,11 +124,14 @@ def measure_work(work: Work, options) -> dict[str, Any]:
   )
   makers = peer_attacks.MASKS if masks else peer_attacks.CLASSES
   steps = options.steps or work.steps
-  rows, calls, reference = {}, {}, None
+  rows, calls, reference, costs = {}, {}, None, {}
+  leave_out = () if options.accelerator else work.leave_out
   for name, make in makers.items():
     if options.programs and name not in options.programs:
       continue
-    if name in work.leave_out and not options.programs:
+    if name in GRAPHS and not options.accelerator:
+      continue
+    if name in leave_out and not options.programs:
       rows[name] = {"error": "left out: takes minutes a call"}
       continue
     try:
@@ -124,16 +143,28 @@ def measure_work(work: Work, options) -> dict[str, Any]:
       }
       continue
     reference = program.logits if reference is None else reference
+    costs = costs or program.costs
     rows[name] = {"fooled": fooled, "difference": _difference(program, reference, name)}
     calls[name] = program.call
     print(f"  {name} is ready", file=sys.stderr, flush=True)
-  times = _turns(_products() | calls, options.repeats, options.cap)
-  peak = {name: PEAK / statistics.median(times.pop(name)) for name in _products()}
+  ceilings = _products() | (_others() if options.accelerator else {})
+  calls = {name: ceiling.call for name, ceiling in ceilings.items()} | calls
+  times = _turns(calls, options.repeats, options.cap)
+  rates = {
+    name: ceiling.amount / statistics.median(times.pop(name))
+    for name, ceiling in ceilings.items()
+  }
   for name, row in _summary(times, steps).items():
     rows[name] |= row
   forward, step = _gflop(networks)
-  gflop = step + forward / steps  # the judging, too, is work
-  found = {"steps": steps, "gflop": gflop, "peak": peak, "programs": rows}
+  found = {
+    "steps": steps,
+    "gflop": step + forward / steps,  # the judging, too, is work
+    "gbyte": costs.get("bytes accessed", 0) / 1e9,
+    "peak": {name: rates.pop(name) for name in _products()},
+    "others": rates,
+    "programs": rows,
+  }
   return work._asdict() | found
 
 
@@ -148,15 +179,18 @@ def _difference(program, reference, name):
 
 
 def _turns(calls, repeats, cap):
-  """CPU seconds per call, `{name: [one per turn]}`; past `cap` seconds, two turns."""
+  """Seconds per call, `{name: [one per turn]}`; past `cap` seconds, two turns."""
+  clock = time.process_time
+  if peer_networks.device() != "cpu":
+    clock = time.perf_counter
   times: dict[str, list[float]] = {name: [] for name in calls}
   for turn in range(repeats):
     for name, call in calls.items():
       if turn >= 2 and sum(times[name]) > cap:
         continue
-      start = time.process_time()
+      start = clock()
       call()
-      times[name].append(time.process_time() - start)
+      times[name].append(clock() - start)
   return times
 
 
@@ -180,21 +214,44 @@ def _gflop(networks):
   x = jnp.asarray(networks.x)
   total = lambda x: types.call(networks.flax, x)[0].sum()  # ours may do a bit more
   count = lambda f: jax.jit(f).lower(x).cost_analysis()["flops"] / 1e9
-  return count(total), count(jax.value_and_grad(total))
+  with jax.default_device(jax.devices("cpu")[0]):  # that for GPU counts nothing
+    return count(total), count(jax.value_and_grad(total))
 
 
 @functools.cache
 def _products():
-  """A float32 matrix product of side 2048 in either library, to a time of `PEAK`."""
-  matrix = np.random.default_rng(0).normal(size=(SIDE, SIDE)).astype(np.float32)
+  """A float32 matrix product in either library, in GFLOP."""
+  side = 2048 if peer_networks.device() == "cpu" else 8192
+  matrix = np.random.default_rng(0).normal(size=(side, side)).astype(np.float32)
   ours, product = jnp.asarray(matrix), jax.jit(jnp.matmul)
-  found = {"product of jax": lambda: product(ours, ours).block_until_ready()}
+  calls = {"product of jax": lambda: product(ours, ours).block_until_ready()}
   with contextlib.suppress(ImportError):
-    theirs = peer_networks.import_torch().from_numpy(matrix)
-    found["product of torch"] = lambda: theirs @ theirs
-  for call in found.values():
+    theirs = peer_networks.import_torch().from_numpy(matrix).to(peer_networks.device())
+    calls["product of torch"] = lambda: (theirs @ theirs)[0, 0].item()
+  return _warm(calls, 2 * side**3 / 1e9)
+
+
+@functools.cache
+def _others():
+  """A product in bfloat16, in GFLOP, and a copy, in GB read and written."""
+  side, values = 8192, 1 << 28
+  narrow = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+  wide = jax.random.normal(jax.random.key(1), (values,))
+  product, copy = _often(lambda x: narrow @ x), _often(jnp.negative)
+  multiply = {"product in bf16": lambda: product(narrow).block_until_ready()}
+  move = {"copy": lambda: copy(wide).block_until_ready()}
+  return _warm(multiply, 16 * 2 * side**3 / 1e9) | _warm(move, 16 * 8 * values / 1e9)
+
+
+def _often(step):
+  """So often that a call costs nothing."""
+  return jax.jit(lambda x: jax.lax.fori_loop(0, 16, lambda _, x: step(x), x))
+
+
+def _warm(calls, amount):
+  for call in calls.values():
     call()
-  return found
+  return {name: Ceiling(call, amount) for name, call in calls.items()}
 
 
 def measure_compile(as_it_is=False, names=COMPILED) -> dict[str, Any]:
@@ -252,7 +309,8 @@ def settings(configured: compiling.CpuFlags | None = None) -> dict[str, Any]:
   flags = os.environ.get("XLA_FLAGS", "")
   kept = bool(configured and configured.keeps_memory)
   about = {"versions": versions, "xla_flags": flags, "keeps_memory": kept}
-  return {**about, "cores": os.cpu_count()}
+  kind = jax.devices()[0].device_kind
+  return {**about, "cores": os.cpu_count(), "device": kind}
 
 
 def _arguments():
@@ -265,6 +323,7 @@ def _arguments():
   parser.add_argument("--cap", type=float, default=15, help="CPU seconds of a program")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("peers.json"))
   parser.add_argument("--as-it-is", action="store_true", help="no `configure_cpu`")
+  parser.add_argument("--accelerator", action="store_true", help="a GPU, by the wall")
   parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)
   return parser.parse_args()
 
@@ -272,7 +331,10 @@ def _arguments():
 def main():
   warnings.simplefilter("ignore")
   options = _arguments()
-  configured = None if options.as_it_is else compiling.configure_cpu()
+  as_it_is = options.as_it_is or options.accelerator
+  configured = None if as_it_is else compiling.configure_cpu()
+  if options.accelerator == (peer_networks.device() == "cpu"):
+    sys.exit("Write --accelerator where JAX finds one, and JAX_PLATFORMS=cpu else.")
   if options.probe:
     print(json.dumps(probe(*options.probe)))
     return
