@@ -97,3 +97,37 @@ def test_eight_radii_are_one_compilation(peers):
   assert len(traces) == 1
   run(jnp.ones(()))  # another type of number, so that the count can be more
   assert len(traces) == 2
+
+
+def test_on_an_accelerator_steps_are_shares_of_its_own_peaks(peers):
+  """By the wall's clock; a step may cost 3 % more in the loop there, and no more."""
+  quartiles = {"quartiles_ms": [1.0, 1.0]}
+  programs = {"bare": {"ms": 1.0}, "plain": {"ms": 1.04}, "bf16": {"ms": 0.5}}
+  row = {
+    **peers.Work("unet32", 128, 1, 40)._asdict(),
+    "gflop": 26.0,
+    "gbyte": 0.3,
+    "peak": {"product of jax": 1e5},
+    "others": {"product in bf16": 2e5, "copy": 1e3},
+    "programs": {name: found | quartiles for name, found in programs.items()},
+  }
+  about = {"versions": {}, "xla_flags": "", "keeps_memory": False, "device": "H100"}
+  text = peers.peer_report.markdown({"settings": about, "rows": {"unet32": row}})
+  assert "Wall ms per step" in text
+  for line in (
+    "| ours, of it | 25% |",
+    "| ours in bf16, of it | 26% |",
+    "| bare, of it | 30% |",
+    "| loop / bare, ours <= 1.03 | unet32 | 1.040 | **no** |",
+  ):
+    assert line in text
+
+
+def test_the_flag_for_accelerators_is_refused_on_a_cpu(tmp_path):
+  command = [sys.executable, BENCHMARKS / "peers.py", "--accelerator"]
+  env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [*command, "--out", tmp_path / "a"], env=env, capture_output=True, text=True
+  )
+  assert done.returncode == 1
+  assert "JAX_PLATFORMS=cpu" in done.stderr
