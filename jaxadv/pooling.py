@@ -1,6 +1,6 @@
 """Pools whose gradients stay fast inside compiled loops.
 
-`lax` pulls a maximum back by `select_and_scatter`, which is 4 to 15 times slower on CPU
+`lax` pulls a maximum back by `select_and_scatter`, which is 5 to 8 times slower on CPU
 than what is here: shifted images, compared or added.
 
 Arrays are `(B, ..., C)`, channels last, with any number of spatial axes. Gradients are
@@ -33,7 +33,7 @@ def max_pool(
 
   The gradient goes to the first largest value of a window, as with `lax.reduce_window`
   (bit-equal), but by comparing positions in the window: `lax` emits
-  `select_and_scatter`, which is 4 to 15 times slower on CPU.
+  `select_and_scatter`, which is 5 to 8 times slower on CPU.
 
   Args:
     image: `(B, ..., C)`.
