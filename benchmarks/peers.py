@@ -94,7 +94,7 @@ WORKS = {
   "masks-unet64-128-b1": Work("unet64", 128, 1, 4, "masks"),
   "masks-unet32-256-b1": Work("unet32", 256, 1, 4, "masks"),
 }
-# an hour together on one core; only by name
+# hours together on one core; only by name
 LARGE = {
   "unet32-256-b8": Work("unet32", 256, 8, 2, leave_out=SLOW),
   "unet64-128-b8": Work("unet64", 128, 8, 2, leave_out=SLOW),

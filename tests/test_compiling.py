@@ -139,18 +139,19 @@ def test_it_is_too_late_once_jax_has_started(monkeypatch):
 
 
 FAULTS = """
-import resource, jax.numpy as jnp
+import resource, statistics, jax.numpy as jnp
 double, x, faults = jax.jit(lambda x: 2 * x), jnp.zeros(2**24), []
-for _ in range(8):
+for _ in range(60):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   double(x).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(json.dumps(min(faults)))
+print(json.dumps(statistics.median(faults[30:])))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_a_program_gets_its_memory_back_without_page_faults():
+  """In the long run: remainders that threads keep split free blocks at first."""
   kept, given_back = (
     told(IMPORTS + first + FAULTS) for first in ("jaxadv.configure_cpu()", "")
   )
