@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 
+import numpy as np
+
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 3
 
@@ -96,7 +98,7 @@ def main(words: list[str] | None = None) -> None:
     times = [[turn() for turn in turns] for _ in range(options.repeats)]
   cells = [f"{options.network}, {options.side} px, batch {options.batch}"]
   for values in zip(*times, strict=True):
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = np.percentile(values, [25, 50, 75])
     cells.append(f"{middle:.1f} ({low:.1f}-{high:.1f})")
   cells.append(f"{statistics.median(new / old for old, new in times):.3f}")
   heads = ["network", *options.commits, "ratio"]

@@ -20,7 +20,6 @@ import functools
 import itertools
 import json
 import os
-import statistics
 import time
 
 if __name__ == "__main__" and hasattr(os, "sched_setaffinity"):  # before jax starts
@@ -149,7 +148,7 @@ def main():
     rows = measure(calls, shown, repeats=options.repeats)
     report["results"][str(eps)] = rows
     for name, row in rows.items():
-      low, middle, high = statistics.quantiles(row["seconds"], n=4)
+      low, middle, high = np.percentile(row["seconds"], [25, 50, 75])
       part = row["images"] / rows["full"]["images"]
       print(
         f"{eps:7} {name:8} {middle:8.2f} ({low:.2f}-{high:.2f})  images"

@@ -151,7 +151,7 @@ def summary(found):
     if row is None:
       rows[name] = None
       continue
-    low, middle, high = statistics.quantiles(row["ms"], n=4)
+    low, middle, high = np.percentile(row["ms"], [25, 50, 75])
     rows[name] = {
       "ms": middle,
       "quartiles_ms": [low, high],

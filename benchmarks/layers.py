@@ -12,7 +12,6 @@ there, by the wall's clock, and nothing is pinned.
 import argparse
 import os
 import pathlib
-import statistics
 import sys
 import time
 from unittest import mock
@@ -27,6 +26,7 @@ if (
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxadv
 from jaxadv import records
@@ -95,7 +95,7 @@ def measure(calls, repeats):
 
 def row(times):
   """Median and quartiles of both, and how many times faster the frozen layer is."""
-  spread = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
+  spread = {k: np.percentile(v, [25, 50, 75]).tolist() for k, v in times.items()}
   return spread | {"faster": spread["lax"][1] / spread["frozen"][1]}
 
 

@@ -34,6 +34,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxadv
 from jaxadv import models, pooling, studies, types
@@ -190,7 +191,7 @@ def summary(times):
   bare = statistics.median(times["bare"])
   rows = {}
   for name, values in times.items():
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = np.percentile(values, [25, 50, 75])
     rows[name] = {
       "ms": middle,
       "quartiles_ms": [low, high],

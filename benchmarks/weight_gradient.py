@@ -212,10 +212,7 @@ def summary(times, programs):
   """
   rows = {}
   for name, values in times.items():
-    middle = statistics.median(values)
-    low, _, high = (
-      statistics.quantiles(values, n=4) if len(values) > 1 else [middle] * 3
-    )
+    low, middle, high = np.percentile(values, [25, 50, 75])
     memory = programs[name].memory_analysis().temp_size_in_bytes / 2**20
     rows[name] = {
       "ms": middle,
