@@ -87,8 +87,7 @@ def pgd(
   """Projected gradient descent in a ball.
 
   `x <- project(x + step_size * direction(grad loss))`, with the steepest direction of
-  the
-  norm: sign, L2-normalised, or the 1 % largest entries.
+  the norm: sign, L2-normalised, or the 1 % largest entries.
 
   Args:
     eps: radius.
